@@ -1,4 +1,4 @@
-"""What the five method scripts share: networks, data, teachers, evaluation, the run folder and the command line.
+"""What the five method scripts share: networks, data, evaluation, teachers, the run folder and the command line.
 
 Sections, in this order (search for the banner)
   networks      build_model, MODELS
@@ -7,30 +7,24 @@ Sections, in this order (search for the banner)
   teachers      load_teacher, get_teacher, train_teacher, lr_at, upsample
   run           Run, seed_everything, autocast, image_grid, summarize
   command line  parse_args, cli, fail, evaluate_file
-
-Nothing of a method lives here: no distillation loss, no generator, no adaptation layer. A method file sets itself up with
-
-  run     = Run(args)                                       # run folder, seeds, device
-  data    = load_data(args.dataset, args.data_dir, run.device, ...)
-  teacher, info = get_teacher(args, data)                   # eval mode, frozen, accuracy printed and checked
-  student = build_model(args.student, data.num_classes, data.image_size).to(run.device)
-  start   = run.restore(student=student, optimizer=optimizer)
-  for epoch in range(start, args.epochs): ...; run.log(...); run.end_epoch(epoch, student, top1)
-  return run.finish(row)
+Nothing of a method lives here: no distillation loss, no generator, no adaptation layer. tests/toy.py is the smallest user.
 
   python common.py train --dataset cifar10 --arch resnet34     # train a teacher, keep it in data/teachers
   python common.py eval RUN_FOLDER_OR_CHECKPOINT               # every metric of a student or a teacher
-  python common.py data --dataset shapes --grid shapes.png     # fetch or check a data set, draw a few images
-  python common.py summarize runs                              # Markdown table: mean +- std over seeds
+  python common.py data shapes --grid shapes.png               # fetch or check a data set, draw some images
+  python common.py summarize runs                              # Markdown table: mean and std over seeds
+  python common.py train|eval|data|summarize --help            # all flags of a command
 """
 import argparse
+import codecs
+import collections
 import contextlib
-import copy
 import dataclasses
 import difflib
 import errno
 import functools
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
@@ -38,10 +32,8 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -69,7 +61,7 @@ except ImportError:  # not on Windows: there two processes may train the same te
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """One clear sentence on stderr, then exit: 2 bad input or surroundings, 1 a value that is not finite."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -146,7 +138,7 @@ class ResNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block; a 1x1 shortcut conv, where the width or size changes, takes the activated input."""
+    """Pre-activation block; a 1x1 shortcut conv, where the width changes, takes the activated input."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -154,13 +146,12 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        if c_in != c_out:
-            self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        self.convShortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.bn1(x), inplace=True)
         y = self.conv2(F.relu(self.bn2(self.conv1(a)), inplace=True))
-        return y + (self.convShortcut(a) if hasattr(self, "convShortcut") else x)
+        return y + (x if self.convShortcut is None else self.convShortcut(a))
 
 
 class WideResNet(nn.Module):
@@ -172,8 +163,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False)
         for g, width in enumerate((16 * k, 32 * k, 64 * k)):
             layer = [WideBlock(width if i else c, width, 2 if g and not i else 1) for i in range(n)]
-            setattr(self, f"block{g + 1}", nn.Sequential())
-            getattr(self, f"block{g + 1}").add_module("layer", nn.Sequential(*layer))
+            setattr(self, f"block{g + 1}", nn.Sequential(collections.OrderedDict(layer=nn.Sequential(*layer))))
             c = width
         self.bn1 = nn.BatchNorm2d(c)
         self.fc = nn.Linear(c, num_classes)
@@ -238,10 +228,10 @@ class VGGBlocks(nn.Module):
         self.features = nn.Sequential(*blocks)
         if head == "folded":
             self.features[4][0] = FoldedConv(width, width, 2)
-        self.classifier = {
-            "teacher": lambda: nn.Sequential(nn.Linear(width, 512), nn.BatchNorm1d(512), nn.Linear(512, num_classes)),
-            "student": lambda: nn.Sequential(nn.Linear(width, 512), nn.Linear(512, num_classes)),
-            "folded": lambda: nn.Linear(width, num_classes)}[head]()
+            self.classifier = nn.Linear(width, num_classes)
+        else:
+            norm = [nn.BatchNorm1d(512)] if head == "teacher" else []
+            self.classifier = nn.Sequential(nn.Linear(width, 512), *norm, nn.Linear(512, num_classes))
 
     def forward(self, x: Tensor, return_features: bool = False):
         feats = []
@@ -251,21 +241,6 @@ class VGGBlocks(nn.Module):
         feats.append(x.flatten(1))  # (B, C)
         logits = self.classifier(feats[-1])
         return (logits, feats) if return_features else logits
-
-
-class OwnNetwork:
-    """Mixed into the class of a `file.py:callable` net whose forward knows no features: [input of its last Linear]."""
-
-    def forward(self, x: Tensor, return_features: bool = False):
-        if not return_features:
-            return super().forward(x)
-        taps = []
-        last = [m for m in self.modules() if isinstance(m, nn.Linear)][-1]
-        handle = last.register_forward_pre_hook(lambda _, inputs: taps.append(inputs[0]))
-        try:
-            return super().forward(x), taps
-        finally:
-            handle.remove()
 
 
 VGG_WIDTHS = {name: tuple(zip(widths, depths)) for name, widths, depths in (
@@ -287,12 +262,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {  # name -> constructor(num_class
     "netgraft_vgg16": functools.partial(VGGBlocks, 512, "teacher"),
     "netgraft_vgg16_student": functools.partial(VGGBlocks, 256, "student"),
     "netgraft_vgg16_folded": functools.partial(VGGBlocks, 256, "folded")}
-NET_ALIASES = {"teacher224": "resnet34_imagenet", "resnet18_8x_small": "resnet18_small",
-               "vgg16_graft": "netgraft_vgg16_student",
-               **{f"wrn_{d}_{k}": f"wrn{d}_{k}" for d in (16, 40) for k in (1, 2)},
-               **{f"cifar_resnet{d}": f"resnet{d}" for d in (18, 34, 50)},
-               **{f"resnet{d}_8x": f"resnet{d}" for d in (18, 34, 50)},
-               **{f"{name}_bn": name for name in VGG_WIDTHS}}
+NET_ALIASES = {"teacher224": "resnet34_imagenet", "resnet18_8x_small": "resnet18_small", "vgg16_graft": "netgraft_vgg16_student",
+               **{f"wrn_{d}_{k}": f"wrn{d}_{k}" for d in (16, 40) for k in (1, 2)}, **{f"{n}_bn": n for n in VGG_WIDTHS},
+               **{spelling: f"resnet{d}" for d in (18, 34, 50) for spelling in (f"cifar_resnet{d}", f"resnet{d}_8x")}}
 
 
 def canonical(name: str) -> str:
@@ -307,7 +279,7 @@ def build_model(name: str, num_classes: int, image_size: int = 32, init: str = "
     if ".py:" in arch:
         return own_network(arch, num_classes, image_size)
     if arch not in MODELS:
-        fail(f"unknown network {name!r}{nearest(arch, MODELS)}; known: {', '.join(MODELS)}, or file.py:callable")
+        fail(f"unknown network {name}{nearest(arch, MODELS)}; known: {', '.join(MODELS)}, or file.py:callable")
     if arch.startswith("netgraft") and image_size != 32:
         fail(f"{arch} takes 32x32 images only, these are {image_size}x{image_size}; choose another network")
     net = MODELS[arch](num_classes=num_classes)
@@ -318,38 +290,48 @@ def build_model(name: str, num_classes: int, image_size: int = 32, init: str = "
 
 def kaiming_init(net: nn.Module) -> None:
     """Convs N(0, 2/fan_out); WRN and VGG set biases to 0, VGG its Linear to N(0, 0.01^2); shortcut A: fan_in, Linear too."""
-    vgg, wide = isinstance(net, (VGG, VGGBlocks)), isinstance(net, WideResNet)
-    mode = "fan_in" if getattr(net, "shortcut", "B") == "A" else "fan_out"
+    vgg, mode = isinstance(net, (VGG, VGGBlocks)), "fan_in" if getattr(net, "shortcut", "B") == "A" else "fan_out"
     for m in net.modules():
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv2d) or (isinstance(m, nn.Linear) and mode == "fan_in"):
             nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity="relu")
-        elif isinstance(m, nn.Linear) and mode == "fan_in":
-            nn.init.kaiming_normal_(m.weight)
         elif isinstance(m, nn.Linear) and vgg:
             nn.init.normal_(m.weight, 0, 0.01)
-        if (vgg and isinstance(m, (nn.Conv2d, nn.Linear)) or wide and isinstance(m, nn.Linear)) and m.bias is not None:
+        if (vgg or isinstance(net, WideResNet)) and isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
             nn.init.zeros_(m.bias)
+
+
+class OwnNetwork:
+    """Mixed into the class of an own net whose forward knows no features: they are [input of its last Linear]."""
+
+    def forward(self, x: Tensor, return_features: bool = False):
+        taps, last = [], [m for m in self.modules() if isinstance(m, nn.Linear)][-1:]
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: taps.append(inputs[0])) for m in last if return_features]
+        logits = super().forward(x)
+        for hook in hooks:
+            hook.remove()
+        return (logits, taps) if return_features else logits
 
 
 def own_network(spec: str, num_classes: int, image_size: int) -> nn.Module:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        fail(f"{path}: no such file; own networks are given as file.py:callable")
+        fail(f"{path}: no such file; a network of your own is given as file.py:callable")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        fail(f"{path} has no callable {name!r}{nearest(name, vars(module))}")
-    net = getattr(module, name)(num_classes=num_classes)
-    if "return_features" not in inspect.signature(net.forward).parameters:
-        net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {})
-    training = net.training
-    with torch.no_grad():
-        shape = tuple(net.eval()(torch.zeros(2, 3, image_size, image_size)).shape)
-    net.train(training)
+    try:  # the user's code can raise anything
+        module_spec.loader.exec_module(module)
+        if not callable(getattr(module, name, None)):
+            fail(f"{path} has no callable {name}{nearest(name, vars(module))}")
+        net = getattr(module, name)(num_classes=num_classes)
+        if "return_features" not in inspect.signature(net.forward).parameters:
+            net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {})
+        with torch.no_grad():
+            shape = tuple(net.eval()(torch.zeros(2, 3, image_size, image_size)).shape)
+    except Exception as e:
+        fail(f"{spec} fails on 2 images of {image_size}x{image_size}: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}; mend it")
     if shape != (2, num_classes):
-        fail(f"{spec} gives outputs of shape {shape} for 2 images, expected (2, {num_classes}): logits for each class")
-    return net
+        fail(f"{spec} gives outputs of shape {shape} for 2 images, they must be logits of shape (2, {num_classes})")
+    return net.train()
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -378,45 +360,38 @@ ARCHIVES = {  # data set -> official folder, archive, md5, sources in the order 
 
 
 def norm_constants(norm: Any) -> tuple[tuple, tuple]:
-    """(mean, std) of a name in NORMS, of "six, numbers" or of a stored pair."""
-    if isinstance(norm, str) and norm.lower() in NORMS:
+    """(mean, std) of a name in NORMS, or of six numbers (text, list or stored pair)."""
+    if str(norm).lower() in NORMS:
         return NORMS[norm.lower()]
-    try:
-        numbers = [float(v) for v in (norm.replace(",", " ").split() if isinstance(norm, str) else np.ravel(norm))]
-    except (ValueError, TypeError):
-        numbers = []
-    if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
-        fail(f"--norm {norm}: not one of {', '.join(NORMS)}, nor three means and three positive stds")
+    numbers = [float(v) for v in re.findall(r"[-+.\deE]*\d[.\deE]*", str(norm))]
+    if len(numbers) != 6 or min(numbers[3:]) <= 0:
+        fail(f"--norm {norm}: not one of {', '.join(NORMS)}, nor six numbers (three means, three positive stds)")
     return tuple(numbers[:3]), tuple(numbers[3:])
 
 
 class Data:
     """A data set: uint8 images (N, 3, S, S) and int64 labels on the device; the train split is read when first asked for."""
 
-    def __init__(self, name: str, read: Callable, device: Any = "cpu", limit_train: int = 0, limit_test: int = 0):
+    def __init__(self, name: str, read: Callable, device: Any = "cpu", limit_train: int = 0, limit_test: int = 0,
+                 norm: str = "half"):
         self.name, self.device, self._read, self._limit_train = name, torch.device(device), read, limit_train
         x, y, self.classes = read("test")
-        self.fingerprint = hashlib.sha256(np.ascontiguousarray(x[:256]).tobytes()).hexdigest()
         self.image_size, self.num_classes = x.shape[-1], len(self.classes)
-        self.test_x, self.test_y = self._to_device(x, y, self._first(y, limit_test, "limit_test"))
-        self.norm = name if name in NORMS else "half"
-        self.mean, self.std = NORMS[self.norm]
+        self.fingerprint = hashlib.sha256(np.ascontiguousarray(x[:256]).tobytes()).hexdigest()
+        self.test_x, self.test_y = self._part(x, y, limit_test, "limit_test")
+        self.set_norm(norm)
         self.t_logits: Optional[Tensor] = None  # the teacher's test logits, set by get_teacher
-        self._scales: dict = {}
 
-    def _first(self, y: np.ndarray, limit: int, flag: str) -> np.ndarray:
-        """The first limit/C images of each class, in the order of the data set."""
-        if not limit:
-            return np.arange(len(y))
-        if limit < self.num_classes:
+    def set_norm(self, norm: Any) -> None:
+        self.norm, (self.mean, self.std), self._scales = norm, norm_constants(norm), {}
+
+    def _part(self, x: np.ndarray, y: np.ndarray, limit: int, flag: str) -> tuple[Tensor, Tensor]:
+        """On the device: everything, or the first limit/C images of each class."""
+        if 0 < limit < self.num_classes:
             fail(f"--{flag} {limit} is less than one image for each of the {self.num_classes} classes")
-        return np.sort(np.concatenate([np.flatnonzero(y == c)[:limit // self.num_classes]
-                                       for c in range(self.num_classes)]))
-
-    def _to_device(self, x: np.ndarray, y: np.ndarray, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        whole = len(index) == len(y)
-        return (torch.from_numpy(np.array(x if whole else x[index])).to(self.device),
-                torch.from_numpy(y[index].astype(np.int64)).to(self.device))
+        index = np.sort(np.concatenate([np.flatnonzero(y == c)[:limit // self.num_classes] for c in range(self.num_classes)])) \
+            if limit else slice(None)
+        return torch.from_numpy(np.array(x[index])).to(self.device), torch.from_numpy(np.array(y[index])).to(self.device)
 
     @functools.cached_property
     def _full_train(self) -> tuple[np.ndarray, np.ndarray]:
@@ -424,8 +399,7 @@ class Data:
 
     @functools.cached_property
     def _train(self) -> tuple[Tensor, Tensor]:
-        x, y = self._full_train
-        return self._to_device(x, y, self._first(y, self._limit_train, "limit_train"))
+        return self._part(*self._full_train, self._limit_train, "limit_train")
 
     @property
     def train_x(self) -> Tensor:
@@ -437,9 +411,10 @@ class Data:
 
     @functools.cached_property
     def _windows(self) -> Tensor:
-        """All crops of the padded train images as a view (N, 3, 9, 9, S, S) that copies nothing."""
-        padded = F.pad(self.train_x, (PADDING,) * 4)
-        return padded.unfold(2, self.image_size, 1).unfold(3, self.image_size, 1)
+        """All crops of the padded train images and of their mirror images, as a view (2, N, 9, 9, S, S, 3) of those two copies."""
+        x = F.pad(self.train_x, (PADDING,) * 4)
+        x = torch.stack((x, x.flip(-1))).permute(0, 1, 3, 4, 2).contiguous()
+        return x.unfold(2, self.image_size, 1).unfold(3, self.image_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
 
     @functools.cached_property
     def order(self) -> Optional[np.ndarray]:
@@ -459,17 +434,21 @@ class Data:
         """The shots of the whole train split (whatever --limit_train): uint8 images, labels, data set indices."""
         x, y = self._full_train
         index = few_shot_indices(y, shots, rule, seed, self.order)
-        return *self._to_device(x, y, index), index
+        return *self._part(x[index], y[index], 0, ""), index
 
     def normalize(self, x: Tensor) -> Tensor:
         """uint8, or floats in [0, 1] (gradient flows) -> (x - mean) / std, channels last."""
-        dtype, top = (x.dtype, 1) if x.is_floating_point() else (torch.float32, 255)
-        key = (self.mean, self.std, x.device, dtype, top)
+        dtype, top, width = (x.dtype, 1, 1) if x.is_floating_point() else (torch.float32, 255, x.shape[-1])
+        key = (self.mean, self.std, x.device, dtype, width)
         if key not in self._scales:  # made once, so that no step copies constants to the device
-            mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (self.mean, self.std))
+            mean, std = (torch.tensor(v, dtype=torch.float64).repeat(width) for v in (self.mean, self.std))
             self._scales[key] = [v.to(x.device, dtype) for v in (1 / (top * std), -mean / std)]
         scale, shift = self._scales[key]
-        return torch.addcmul(shift, x.to(dtype, memory_format=torch.channels_last), scale)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, 3)
+        if x.is_floating_point():
+            return torch.addcmul(shift, x.contiguous(), scale).permute(0, 3, 1, 2)
+        rows = x.reshape(*x.shape[:2], -1).to(dtype)  # (B, H, W*3): one long row is faster than three channels
+        return rows.mul_(scale).add_(shift).view(x.shape).permute(0, 3, 1, 2)
 
     def denormalize(self, x: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
@@ -477,12 +456,11 @@ class Data:
 
     def augment(self, index: Tensor, generator: torch.Generator, flip: Optional[Tensor] = None) -> Tensor:
         """Random crop (4 black pixels around) and flip of train images -> normalised floats (B, 3, S, S)."""
-        n = len(index)
-        dy, dx = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator, device=generator.device)
+        dy, dx = torch.randint(0, 2 * PADDING + 1, (2, len(index)), generator=generator, device=generator.device)
         if flip is None:
-            flip = torch.rand(n, generator=generator, device=generator.device) < 0.5
-        x = self._windows[index, :, dy, dx]  # (B, 3, S, S)
-        return self.normalize(torch.where(flip[:, None, None, None], x.flip(-1), x))
+            flip = torch.rand(len(index), generator=generator, device=generator.device) < 0.5
+        x = self._windows[flip.long(), index, dy, torch.where(flip, 2 * PADDING - dx, dx)]  # (B, S, S, 3)
+        return self.normalize(x.permute(0, 3, 1, 2))
 
 
 def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int = PADDING) -> Tensor:
@@ -495,37 +473,31 @@ def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int = PA
     return x.gather(3, cols[:, None, None, :].expand(n, c, h, w))
 
 
-def batches(n: int, batch_size: int, generator: Optional[torch.Generator] = None, drop_last: bool = False
-            ) -> list[Tensor]:
+def batches(n: int, batch_size: int, generator: Optional[torch.Generator] = None, drop_last: bool = False) -> list[Tensor]:
     """Index tensors of one epoch, shuffled when a generator is given (and on its device)."""
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator, device=generator.device)
-    parts = order.split(batch_size) if n else ()
-    return [p for p in parts if len(p) == batch_size or not drop_last]
+    return [part for part in order.split(batch_size) if len(part) == batch_size or (len(part) and not drop_last)]
 
 
-def few_shot_indices(labels: Any, shots: int, rule: str, seed: Optional[int], order: Optional[np.ndarray] = None
-                     ) -> np.ndarray:
-    """`shots` indices of each class, class-major, in drawn order, as the published code draws them.
+def few_shot_indices(labels: Any, shots: int, rule: str, seed: Optional[int], order: Optional[np.ndarray] = None) -> np.ndarray:
+    """`shots` data set indices of each class, class-major, in drawn order, as the published code draws them.
 
-    pgdi     one stream, random.sample of each class's list; netgraft: shuffle the whole list, keep the first.
-    order    (C, n): entry [c][k] = place, in the list of class c at hand, of its k-th image in published order.
+    pgdi: random.sample of each class's list; netgraft: shuffle the whole list, keep the first. order (C, n): entry [c][k]
+    = place, in the list of class c at hand, of its k-th image in published order.
     """
     labels, rng, chosen = np.asarray(labels), random.Random(seed), []
-    if shots < 1:
-        fail(f"--shots {shots}: at least one image of each class is needed")
     for c in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == c)
-        if shots > len(members):
-            fail(f"--shots {shots} is more than the {len(members)} images of class {c}; ask for fewer")
+        if not 1 <= shots <= len(members):
+            fail(f"--shots {shots}: class {c} has {len(members)} images; ask for 1 to {len(members)}")
+        places = list(range(len(members)))
         if rule == "pgdi":
-            places = rng.sample(range(len(members)), shots)
+            places = rng.sample(places, shots)
         elif rule == "netgraft":
-            places = list(range(len(members)))
             rng.shuffle(places)
-            places = places[:shots]
         else:
             raise ValueError(f"unknown few-shot rule {rule!r}")
-        chosen.append(members[places if order is None else order[c].astype(np.int64)[places]])
+        chosen.append(members[places[:shots] if order is None else order[c].astype(np.int64)[places[:shots]]])
     return np.concatenate(chosen).astype(np.int64)
 
 
@@ -534,15 +506,16 @@ def subset_indices(n: int, fraction: float, seed: int = 42) -> np.ndarray:
     return np.random.default_rng(seed).choice(n, int(n * fraction), replace=False).astype(np.int64)
 
 
+NUMPY_CORE = getattr(np, "_core", None) or np.core  # numpy 2 and 1 name the home of their scalars differently
+
+
 def safe_unpickle(path: Any) -> Any:
     """A foreign pickle of numpy arrays and plain containers; anything that would run code is refused."""
-    multiarray = getattr(np, "_core", None) or np.core
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-               ("collections", "OrderedDict"): __import__("collections").OrderedDict,
-               ("_codecs", "encode"): __import__("_codecs").encode}
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed[module, "_reconstruct"] = multiarray.multiarray._reconstruct
-        allowed[module, "scalar"] = multiarray.multiarray.scalar
+    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode,
+               ("collections", "OrderedDict"): collections.OrderedDict,
+               **{(f"numpy.{core}.multiarray", name): getattr(NUMPY_CORE.multiarray, name)
+                  for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+               **{(f"numpy.{core}.numeric", "_frombuffer"): NUMPY_CORE.numeric._frombuffer for core in ("core", "_core")}}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -553,245 +526,203 @@ def safe_unpickle(path: Any) -> Any:
     try:
         with open(path, "rb") as f:
             return Unpickler(f, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
+    except OSError:
+        raise
+    except Exception as e:  # a broken pickle can raise anything
         fail(f"{path}: not a complete pickle ({e}); fetch it again")
 
 
-def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, data_url: str = "",
-              limit_train: int = 0, limit_test: int = 0) -> Data:
+def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, data_url: str = "", limit_train: int = 0,
+              limit_test: int = 0) -> Data:
     """cifar10, cifar100, tiny_imagenet, shapes, or a folder of one's own; local first, downloaded last, decoded once."""
     if dataset == "shapes":
         return Data("shapes", read_shapes, device, limit_train, limit_test)
-    root = Path(data_dir)
-    folder, name = (root / dataset, dataset) if dataset in DATASETS else (Path(dataset), Path(dataset).resolve().name)
-    if dataset not in DATASETS and not folder.is_dir():
-        fail(f"unknown data set {dataset!r}{nearest(dataset, DATASETS)}: not one of {', '.join(DATASETS)} and no folder of "
-             "that name (a set of your own is a folder with train.npz and test.npz, or train/CLASS/ and test/CLASS/)")
-    reader, source = find_source(dataset, folder, root, data_url)
-    tag = name if dataset in DATASETS else f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    root, own = Path(data_dir), dataset not in DATASETS
+    folder = Path(dataset) if own else root / dataset
+    if own and not folder.is_dir():
+        fail(f"--dataset {dataset}{nearest(dataset, DATASETS)}: not one of {', '.join(DATASETS)}, and no folder of that name (a set "
+             "of your own is a folder with train.npz and test.npz, or with train/CLASS/ and test/CLASS/)")
+    source = find_source(dataset, folder, root)
+    if source is None and own:
+        fail(f"{folder}: no test split; a set needs train.npz and test.npz, or train/CLASS/*.png and test/CLASS/*.png")
+    if source is None:
+        download(dataset, root, data_url)
+        source = find_source(dataset, folder, root)
+    reader, place, hint = source
+    tag = f"{folder.resolve().name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}" if own else dataset
     known: dict = {}  # size and classes of the test split, which the train split must share
 
-    def read(split: str) -> tuple:
-        x, y, classes = cached(root / "cache" / f"{tag}_{split}", stamp(source, split),
-                               lambda: reader(source, split, **known))
-        known.update(size=known.get("size", x.shape[-1]), classes=known.get("classes", classes))
-        check_labels(source, split, x, y, classes, known)
+    def read(split: str) -> tuple[np.ndarray, np.ndarray, list]:
+        try:
+            x, y, classes = cached(root / "cache" / f"{tag}_{split}", stamp(place, split), lambda: reader(place, split, **known))
+            if known and (classes != known["classes"] or x.shape[-1] != known["size"]):
+                raise ValueError("train and test differ in their classes or image sizes")
+            if y.min() < 0 or y.max() >= len(classes):
+                raise ValueError(f"labels run from {y.min()} to {y.max()}, there are {len(classes)} classes")
+            if split == "train" and len(set(y.tolist())) < len(classes):
+                raise ValueError(f"no image of class {classes[min(set(range(len(classes))) - set(y.tolist()))]}")
+        except Exception as e:  # a broken file can raise anything; what it was stands in the message
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES):
+                raise
+            why = str(e).partition(". You can use download")[0] or type(e).__name__
+            fail(f"{place}: the {split} split cannot be used: {why}; {hint}")
+        known.update(size=x.shape[-1], classes=classes)
         return x, y, classes
 
-    return Data(name, read, device, limit_train, limit_test)
+    return Data(folder.resolve().name if own else dataset, read, device, limit_train, limit_test, "half" if own else dataset)
 
 
-def find_source(dataset: str, folder: Path, root: Path, data_url: str) -> tuple[Callable, Path]:
-    """The first hit of: npz, official layout, its archive, image tree, download -> (reader, folder)."""
+def find_source(dataset: str, folder: Path, root: Path) -> Optional[tuple[Callable, Path, str]]:
+    """The first hit of npz, official layout, its archive, image tree -> (reader, folder, how to mend what is wrong in it)."""
     official, archive, md5, _ = ARCHIVES.get(dataset, ("", "", "", ()))
-    official_reader = read_tiny if dataset == "tiny_imagenet" else read_cifar
-
-    def local() -> Optional[tuple[Callable, Path]]:
-        if any((folder / f"{split}.npz").is_file() for split in ("train", "test")):
-            return read_npz, folder
-        for base in (root, folder) if official else ():
-            if (base / official).is_dir():
-                return official_reader, base / official
-            if (base / archive).is_file():
-                from torchvision.datasets.utils import check_integrity, extract_archive
-                if not check_integrity(str(base / archive), md5):
-                    fail(f"{base / archive} is half-downloaded or altered (md5 is not {md5}); remove it and start again")
-                extract_archive(str(base / archive), str(base))
-                return official_reader, base / official
-        return (read_tree, folder) if split_folder(folder, "test") else None
-
-    hit = local()
-    if hit is None and not official:
-        fail(f"{folder}: no test split; a set needs train.npz and test.npz, or train/CLASS/*.png and test/CLASS/*.png")
-    if hit is None:
-        download(dataset, root, data_url, looked=f"{folder}/train.npz, {root / official}, {root / archive}, {folder}/train/")
-        hit = local()
-    return hit
+    if any((folder / f"{split}.npz").is_file() for split in ("train", "test")):
+        return read_npz, folder, "a set needs train.npz and test.npz with x (uint8, N x H x W x 3) and y (integers, every class)"
+    for base in (root, folder) if official else ():
+        if not (base / official).is_dir() and (base / archive).is_file():
+            from torchvision.datasets.utils import check_integrity, extract_archive
+            if not check_integrity(str(base / archive), md5):
+                fail(f"{base / archive} is half-downloaded or altered (its md5 is not {md5}); remove it and start again")
+            extract_archive(str(base / archive), str(base))
+        if (base / official).is_dir():
+            return (read_tiny if dataset == "tiny_imagenet" else read_cifar, base / official,
+                    f"remove the folder and start again, or unpack {archive} there anew")
+    if any((folder / split).is_dir() for split in ("test", "val")):
+        return read_tree, folder, "a set needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images for every class"
+    return None
 
 
-def download(dataset: str, root: Path, data_url: str, looked: str) -> None:
-    """The archive from the first source whose file passes the md5, through torchvision's downloader; then unpack."""
+def download(dataset: str, root: Path, data_url: str) -> None:
+    """The archive from the first source whose file passes the md5, by torchvision's downloader."""
     import socket
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets import utils
     official, archive, md5, sources = ARCHIVES[dataset]
-    if data_url.endswith("/"):
-        data_url += archive
+    own, tried, timeout = [data_url + archive * data_url.endswith("/")] if data_url else [], [], socket.getdefaulttimeout()
     root.mkdir(parents=True, exist_ok=True)
-    part, tried, timeout = root / f"{archive}.part{os.getpid()}", [], socket.getdefaulttimeout()
-    for url in ([data_url] if data_url else []) + list(sources):
+    part = root / f"{archive}.part{os.getpid()}"
+    part.unlink(missing_ok=True)  # of a killed process that had our number
+    for url in [*own, *sources]:
         print(f"{dataset}: not found locally, trying {url}", flush=True)
         try:
             socket.setdefaulttimeout(30)
-            download_url(url, str(root), part.name)
-            if not check_integrity(str(part), md5):
-                raise OSError(f"md5 is not {md5}")
-            part.replace(root / archive)
-            break
-        except (OSError, RuntimeError, ValueError, EOFError) as e:  # URLError and HTTPError are OSErrors
-            tried.append(f"{url} ({getattr(e, 'reason', None) or e})")
-            part.unlink(missing_ok=True)
+            utils.download_url(url, str(root), part.name)
+            if not utils.check_integrity(str(part), md5):
+                raise OSError("wrong md5")
+            return part.replace(root / archive)
+        except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as e:  # URLError is an OSError
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
+            tried.append(f"{url} ({getattr(e, 'reason', None) or e})")
         finally:
+            part.unlink(missing_ok=True)
             socket.setdefaulttimeout(timeout)
-    else:
-        fail(f"{dataset} is not in {looked} and no source answered: {'; '.join(tried)}. Put {archive} into {root} by hand, "
-             "give --data_url URL, or try --dataset shapes, which needs no files")
-    extract_archive(str(root / archive), str(root))
-
-
-def split_folder(folder: Path, split: str) -> Optional[Path]:
-    names = ("train",) if split == "train" else ("test", "val")
-    return next((folder / n for n in names if (folder / n).is_dir()), None)
+    fail(f"{dataset} is not at hand (looked for {root / dataset}/train.npz, {root / official}, {root / archive}, "
+         f"{root / dataset}/train/) and no source answered: {'; '.join(tried)}. Put {archive} into {root} by hand, give "
+         "--data_url URL, or try --dataset shapes, which needs no files")
 
 
 def read_npz(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
-    path = folder / f"{split}.npz"
-    if not path.is_file():
-        fail(f"{path} is missing: a set needs train.npz and test.npz (x uint8 N x H x W x 3, y integers)")
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            x, y = f["x"], f["y"]
-            classes = [str(c) for c in f["classes"]] if "classes" in f else classes
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-        fail(f"{path} cannot be read ({e}); it must hold x (uint8, N x H x W x 3) and y (integers), no objects")
+    with np.load(folder / f"{split}.npz", allow_pickle=False) as f:
+        x, y, classes = f["x"], f["y"], [str(c) for c in f["classes"]] if "classes" in f else classes
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
-        fail(f"{path}: x is {x.dtype} of shape {x.shape}, it must be uint8 of shape N x H x W x 3 (repeat grey images 3 times)")
+        raise ValueError(f"x is {x.dtype} of shape {x.shape} (repeat grey images three times)")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
-        fail(f"{path}: y is {y.dtype} of shape {y.shape}, it must hold {len(x)} integers")
-    classes = classes or [str(c) for c in range(int(y.max()) + 1)]
+        raise ValueError(f"y is {y.dtype} of shape {y.shape} for {len(x)} images")
     size = size or (64 if min(x.shape[1:3]) >= 64 else 32)
     if x.shape[1:3] != (size, size):
         from PIL import Image
         x = np.stack([square(Image.fromarray(image), size) for image in x])
-    return x, y, classes
+    if not classes and y.max() >= len(y):
+        raise ValueError(f"labels go up to {y.max()} for {len(y)} images")
+    return x, y, classes or [str(c) for c in range(int(y.max()) + 1)]
 
 
 def read_cifar(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
-    import torchvision
-    base = torchvision.datasets.CIFAR100 if folder.name == "cifar-100-python" else torchvision.datasets.CIFAR10
-    # only the files of the split asked for are checked (md5, before anything is unpickled) and read
-    one_split = type("OneSplit", (base,), {"base_folder": folder.name, "test_list" if split == "train" else "train_list": []})
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's remark on the align flag of the old pickles
-            read = one_split(str(folder.parent), train=split == "train", download=False)
-    except (RuntimeError, OSError) as e:
-        fail(f"{folder}: the {split} files are missing, incomplete or altered (md5): {str(e).splitlines()[0]}; "
-             "remove the folder and start again")
+    """Through torchvision, whose md5 check of the split's files comes before any unpickling; the other split stays unread."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+    base = CIFAR100 if folder.name == "cifar-100-python" else CIFAR10
+    one_split = type("OneSplit", (base,), {"test_list" if split == "train" else "train_list": []})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's remark on the align flag of the old pickles
+        read = one_split(str(folder.parent), train=split == "train")
     return read.data, np.asarray(read.targets), list(read.classes)
 
 
 def read_tiny(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
     """Classes are the sorted wnids (wnids.txt itself is not sorted); the test split is the official val."""
-    if not (folder / "wnids.txt").is_file():
-        fail(f"{folder}/wnids.txt is missing: the folder is not complete; unpack tiny-imagenet-200.zip again")
     classes = sorted((folder / "wnids.txt").read_text().split())
     if split == "train":
-        files = [(path, c) for c, wnid in enumerate(classes)
-                 for path in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]
+        files = [(path, wnid) for wnid in classes for path in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]
     else:
-        annotations = folder / "val" / "val_annotations.txt"
-        if not annotations.is_file():
-            fail(f"{annotations} is missing: the folder is not complete; unpack tiny-imagenet-200.zip again")
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
-        unknown = {wnid for _, wnid in rows} - set(classes)
-        if unknown:
-            fail(f"{annotations} names classes that wnids.txt does not have: {', '.join(sorted(unknown)[:3])}")
-        files = [(folder / "val" / "images" / file, classes.index(wnid)) for file, wnid in rows]
-    empty = set(range(len(classes))) - {c for _, c in files}
-    if empty:
-        fail(f"{folder}: no {split} images of class {classes[min(empty)]}; unpack tiny-imagenet-200.zip again")
-    return read_images([path for path, _ in files], 64), np.array([c for _, c in files]), classes
+        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+        if min(map(len, rows), default=0) < 2:
+            raise ValueError("val_annotations.txt is not complete")
+        files = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
+    if not files or {wnid for _, wnid in files} - set(classes):
+        raise ValueError("no images, or classes that wnids.txt does not name")
+    return read_images([path for path, _ in files], 64), np.array([classes.index(wnid) for _, wnid in files]), classes
 
 
 def read_tree(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
     from torchvision.datasets import ImageFolder
-    root, other = split_folder(folder, split), split_folder(folder, "train")
-    if root is None:
-        fail(f"{folder}/{split} is missing: a set needs both splits, train/CLASS/*.png and test/CLASS/*.png")
-    odd = {d.name for d in root.iterdir() if d.is_dir()} ^ {d.name for d in (other or root).iterdir() if d.is_dir()}
+    root = folder / "val" if split == "test" and not (folder / "test").is_dir() else folder / split
+    other = folder / "train" if (folder / "train").is_dir() else root
+    odd = {d.name for d in root.iterdir() if d.is_dir()} ^ {d.name for d in other.iterdir() if d.is_dir()}
     if odd:  # the names of the folders only: the train images of a data-free run stay unread
-        fail(f"{folder}: train and test have different class folders ({', '.join(sorted(odd)[:3])}); both need the same")
-    try:
-        listed = ImageFolder(str(root))
-    except FileNotFoundError as e:
-        fail(f"{root}: {str(e).rstrip('. ')}; each class needs a folder with images")
-    paths = [Path(path) for path, _ in listed.samples]
-    return read_images(paths, size), np.array([c for _, c in listed.samples]), listed.classes
+        raise ValueError(f"train and test have different class folders ({', '.join(sorted(odd)[:3])})")
+    listed = ImageFolder(str(root))
+    return read_images([path for path, _ in listed.samples], size), np.array([c for _, c in listed.samples]), listed.classes
 
 
 def read_images(paths: list, size: int = 0) -> np.ndarray:
     """Image files -> uint8 (N, S, S, 3), centre-cropped to squares; size 0: 64 if every smaller side has 64 pixels, else 32."""
     from PIL import Image
 
-    def read(path: Path, work: Callable) -> Any:
+    def read(path: Any, work: Callable) -> Any:
         try:
             with Image.open(path) as image:
                 return work(image)
         except (OSError, ValueError, SyntaxError) as e:
-            fail(f"{path} cannot be read as an image ({e}); replace or remove it")
+            raise ValueError(f"{path} cannot be read as an image ({e}); replace or remove it") from e
 
     with ThreadPoolExecutor() as pool:
-        if not size:
-            sizes = list(pool.map(lambda p: read(p, lambda image: min(image.size)), paths))
-            size = 64 if min(sizes) >= 64 else 32
+        size = size or (64 if min(pool.map(lambda p: read(p, lambda image: min(image.size)), paths)) >= 64 else 32)
         return np.stack(list(pool.map(lambda p: read(p, lambda image: square(image, size)), paths)))
 
 
 def square(image: Any, size: int) -> np.ndarray:
-    image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)) if image.size != (side, side) else image
+    image = image.convert("RGB").crop((left, top, left + side, top + side))
     return np.asarray(image.resize((size, size), 2) if side != size else image)  # 2: bilinear, anti-aliased
 
 
-def check_labels(source: Path, split: str, x: np.ndarray, y: np.ndarray, classes: list, known: dict) -> None:
-    if list(classes) != list(known["classes"]) or x.shape[-1] != known["size"]:
-        odd = set(map(str, classes)) ^ set(map(str, known["classes"]))
-        fail(f"{source}: train and test differ in their classes or sizes ({', '.join(sorted(odd)[:3]) or x.shape}); "
-             "both need the same class folders, or the same `classes`")
-    if y.min() < 0 or y.max() >= len(classes):
-        fail(f"{source}: {split} labels run from {y.min()} to {y.max()}, but there are {len(classes)} classes (0 to "
-             f"{len(classes) - 1})")
-    missing = np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0)
-    if split == "train" and len(missing):
-        fail(f"{source}: no train image of class {classes[missing[0]]}; each class needs at least one")
-
-
 def stamp(source: Path, split: str) -> str:
-    """Changes when the files of a split change: their number, sizes and times."""
-    count = size = newest = 0
-    for base in (source / f"{split}.npz", source / split, source / "val", source):
-        if base.is_file() or base.is_dir():
-            break
-    for path in [base] if base.is_file() else (Path(d) / f for d, _, files in os.walk(base) for f in files):
-        info = path.stat()
-        count, size, newest = count + 1, size + info.st_size, max(newest, info.st_mtime_ns)
-    return f"{base.resolve()} {count} {size} {newest}"
+    """Changes when the files of a split change: their names, sizes and times."""
+    names = (f"{split}.npz", split, "wnids.txt", *(("val",) if split == "test" else ()))
+    bases = [source / n for n in names if (source / n).exists()] or [source]
+    files = sorted(f for b in bases for f in ([b] if b.is_file() else (Path(d) / n for d, _, found in os.walk(b) for n in found)))
+    facts = [(str(f.relative_to(source)), info.st_size, info.st_mtime_ns) for f in files for info in [f.stat()]]
+    return f"{source.resolve()} {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
-def cached(path: Path, source_stamp: str, read: Callable) -> tuple:
-    """(x, y, classes) of a split from its cache file (x memory-mapped), or read and then cached."""
+def cached(path: Path, source_stamp: str, read: Callable) -> tuple[np.ndarray, np.ndarray, list]:
+    """x (N, 3, S, S), y and classes of a split from its cache (x memory-mapped), or read and then cached."""
     images, meta = path.with_name(path.name + ".npy"), path.with_name(path.name + ".npz")
     try:
         with np.load(meta, allow_pickle=False) as f:
             if str(f["stamp"]) == source_stamp:
-                x = np.load(images, mmap_mode="r")
-                if x.shape == tuple(f["shape"]):
-                    return x, f["y"], [str(c) for c in f["classes"]]
+                return np.load(images, mmap_mode="r").reshape(f["shape"]), f["y"], f["classes"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # no cache yet, or not a whole one: it is made anew
     x, y, classes = read()
-    x, y = np.ascontiguousarray(x.transpose(0, 3, 1, 2)), np.asarray(y, np.int64)  # (N, 3, S, S)
+    x, y = np.ascontiguousarray(x.transpose(0, 3, 1, 2)), np.asarray(y, np.int64)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        images.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(images, lambda f: np.save(f, x))
         write_atomic(meta, lambda f: np.savez(f, stamp=source_stamp, y=y, classes=np.array(classes, str), shape=x.shape))
     except OSError as e:
-        print(f"note: no cache of the decoded images ({e})")
-    return x, y, classes
+        print(f"note: the decoded images are not cached ({e})")
+    return x, y, list(classes)
 
 
 def write_atomic(path: Path, write: Callable) -> None:
@@ -843,7 +774,7 @@ def draw_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     row, col = np.meshgrid(*[np.arange(32, dtype=np.float32) - 15.5] * 2, indexing="ij")
     fine = np.meshgrid(*[(np.arange(256, dtype=np.float32) - 127.5) / 80] * 2)
     for k in range(len(SHAPES)):
-        unit = np.sqrt(np.float32(150 * 80**2 / (outline(k, *fine) < 0).sum()))  # pixels per unit: equal areas
+        unit = np.sqrt(np.float32(175 * 80**2 / (outline(k, *fine) < 0).sum()))  # pixels per unit: equal areas
         for i in np.array_split(np.flatnonzero(y == k), n // 1000 + 1):  # small pieces stay in the cache
             q = p[:, i]
             size = unit * (0.95 + 0.25 * q[0])
@@ -855,13 +786,13 @@ def draw_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             near, far = np.abs(ex + ey * q[7]), np.abs(ey - ex * q[7])
             speck = np.clip(np.minimum(1.3 - near, 3.5 + 2.5 * q[8] - far) * (q[9] < 0), 0, 1)[:, None]
             wave = np.abs((col * q[10] + row * q[11]) * 0.15 % 2 - 1) * q[12] + (col * q[13] + row * q[14]) / 16
-            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 60  # of background, shape and speck
+            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 80  # of background, shape and speck
             hues = hues - (hues[:, :, :1] * 0.3 + hues[:, :, 1:2] * 0.6 + hues[:, :, 2:] * 0.1)  # keep the brightness
-            light, gap = 128 + 30 * q[24], np.copysign(40 + 18 * q[26], q[25])
+            light, gap = 128 + 30 * q[24], np.copysign(55 + 20 * q[26], q[25])
             back = hues[0] + (light - gap)[:, None] + q[27:30, :].transpose(1, 0, 2, 3) * 20 * wave[:, None]
             back += (hues[2] + (light + gap * q[30])[:, None] - back) * speck
             back += (hues[1] + (light + gap)[:, None] - back) * np.clip(0.5 - dist * size, 0, 1)[:, None]
-            back += (noise[i] - np.float32(127.5)) * (0.24 + 0.18 * q[31])[:, None]
+            back += (noise[i] - np.float32(127.5)) * (0.10 + 0.08 * q[31])[:, None]
             x[i] = np.clip(back, 0, 255).transpose(0, 2, 3, 1).astype(np.uint8)
     return x, y.astype(np.int64)
 
@@ -874,7 +805,7 @@ def read_shapes(split: str) -> tuple[np.ndarray, np.ndarray, list]:
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 def predict(model: nn.Module, data: Data, x: Optional[Tensor] = None) -> Tensor:
-    """Logits (N, C) in float32 of all test images (or of x, uint8), eval mode, the previous mode restored."""
+    """Logits (N, C) in float32 of all test images (or of x, uint8), in eval mode; the previous mode is restored."""
     x, training, size = data.test_x if x is None else x, model.training, 250 if data.device.type == "cpu" else 2000
     model.eval()
     with torch.inference_mode():
@@ -885,11 +816,10 @@ def predict(model: nn.Module, data: Data, x: Optional[Tensor] = None) -> Tensor:
 
 def accuracy(logits: Tensor, y: Tensor) -> dict[str, float]:
     """Top-1 and top-5 in percent and the mean cross-entropy; one read-back."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
     top1 = (logits.argmax(1) == y).sum()  # ties: the first index
-    loss = F.cross_entropy(logits.double(), y)
-    n, values = len(y), torch.stack([top1.double(), hits.sum().double(), loss]).tolist()  # sync
-    return {"top1": 100 * values[0] / n, "top5": 100 * values[1] / n, "loss": values[2]}
+    top5 = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).sum()
+    hits1, hits5, loss = torch.stack([top1.double(), top5.double(), F.cross_entropy(logits.double(), y)]).tolist()  # sync
+    return {"top1": 100 * hits1 / len(y), "top5": 100 * hits5 / len(y), "loss": loss}
 
 
 def evaluate(model: nn.Module, data: Data) -> dict[str, float]:
@@ -900,9 +830,8 @@ def js_distance(s_logits: Tensor, t_logits: Tensor, eps: float = 0.0) -> Tensor:
     """sqrt(Jensen-Shannon divergence in nats) of each row, in float64; equal rows give exactly 0."""
     p, q = (torch.softmax(logits.double(), 1) + eps for logits in (s_logits, t_logits))
     p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    m = (p + q) / 2
-    js = (torch.special.xlogy(p, p / m).nan_to_num() + torch.special.xlogy(q, q / m).nan_to_num()).sum(1) / 2
-    return js.clamp(min=0).sqrt()
+    m = ((p + q) / 2).clamp(min=1e-300)  # p = q = 0 gives 0, not 0/0
+    return ((torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)).sum(1) / 2).clamp(min=0).sqrt()
 
 
 def agreement(s_logits: Tensor, t_logits: Tensor) -> dict[str, float]:
@@ -915,21 +844,15 @@ def agreement(s_logits: Tensor, t_logits: Tensor) -> dict[str, float]:
 
 def count_params_macs(model: nn.Module, image_size: int) -> tuple[int, int]:
     """Parameters (a folded bias map counted) and multiply-adds of convs and Linears for one image."""
-    macs, handles = [], []
-
-    def count(m: nn.Module, _: Any, out: Tensor) -> None:
-        macs.append(out[0].numel() * m.weight[0].numel())
-
-    for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            handles.append(m.register_forward_hook(count))
-    training, p = model.training, next(model.parameters())
+    macs, training, p = [], model.training, next(model.parameters())
+    hooks = [m.register_forward_hook(lambda m, _, out: macs.append(out[0].numel() * m.weight[0].numel()))
+             for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, image_size, image_size, device=p.device, dtype=p.dtype))
     model.train(training)
-    for handle in handles:
-        handle.remove()
-    maps = sum(b.numel() for k, b in model.named_buffers() if k.endswith("bias_map"))
+    for hook in hooks:
+        hook.remove()
+    maps = sum(b.numel() for name, b in model.named_buffers() if name.endswith("bias_map"))
     return sum(p.numel() for p in model.parameters()) + maps, sum(macs)
 
 
@@ -937,23 +860,22 @@ def count_params_macs(model: nn.Module, image_size: int) -> tuple[int, int]:
 
 def read_checkpoint(path: Any) -> Any:
     """torch.load that runs no code of the file; numpy scalars and argparse.Namespace, which zoos store, are let through."""
-    multiarray = (getattr(np, "_core", None) or np.core).multiarray
-    scalar, numbers = multiarray.scalar, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+    scalar, numbers = NUMPY_CORE.multiarray.scalar, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
     safe = [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"),
             (scalar, "numpy._core.multiarray.scalar"), *{type(np.dtype(t)) for t in numbers}]
     try:
-        with torch.serialization.safe_globals(safe):
+        with torch.serialization.safe_globals(safe), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
-    except (IsADirectoryError, PermissionError) as e:
-        fail(f"{path}: cannot be read as a checkpoint ({e.strerror})")
+    except OSError as e:
+        fail(f"{path}: no readable checkpoint ({e.strerror}); check the path")
     except Exception as e:  # a broken or hostile file can raise anything; whatever it was, the run ends here
         refused = re.search(r"GLOBAL (\S+) was not an allowed|(?:class|function) (\S+)", str(e))
         if isinstance(e, pickle.UnpicklingError) and refused:
-            fail(f"{path}: refused, reading it would call {refused.group(1) or refused.group(2)}, which could run any code; if you "
-                 "trust the file, open it elsewhere and save only model.state_dict()")
-        fail(f"{path}: damaged or not a checkpoint ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); fetch it again")
+            fail(f"{path}: refused, reading it would call {refused[1] or refused[2]}, which could run any code; if you trust the "
+                 "file, open it elsewhere and save only model.state_dict()")
+        why = "" if isinstance(e, pickle.UnpicklingError) else f" ({(str(e).splitlines() or [type(e).__name__])[0][:120]})"
+        fail(f"{path}: damaged or not a checkpoint{why}; fetch it again")
 
 
 def is_state_dict(obj: Any) -> bool:
@@ -961,56 +883,48 @@ def is_state_dict(obj: Any) -> bool:
 
 
 def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
-    """The state dict inside a zoo's container, without wrapper prefixes, under our key names."""
+    """The state dict inside a zoo's container, without wrapper prefixes, under our key names, in float32."""
+    names = ("state_dict", "model_state_dict", "model", "net", "student", "teacher", "state_dict_ema")
     if not is_state_dict(obj):
         keys = list(obj) if isinstance(obj, dict) else type(obj).__name__
-        names = ("state_dict", "model_state_dict", "model", "net", "student", "teacher", "state_dict_ema")
-        inner = next((obj[n] for n in names if isinstance(obj, dict) and is_state_dict(obj.get(n))), None)
-        if inner is None:
-            hint = ("; a few-shot file of gda_kd.py is given to gda_kd.py --task fewshot"
-                    if isinstance(obj, dict) and "model_sd" in obj else "")
+        obj = next((obj[n] for n in names if isinstance(obj, dict) and is_state_dict(obj.get(n))), None)
+        if obj is None:
+            hint = "; few-shot files are for gda_kd.py --task fewshot" if "model_sd" in keys else "; save model.state_dict()"
             fail(f"{path}: no weights found, the file holds {str(keys)[:200]}{hint}")
-        obj = inner
-    state, changed = dict(obj), True
-    while changed:
-        changed = False
+    state, before = dict(obj), None
+    while state != before and state.keys() != before:
+        before = state.keys()
         if {k.split(".")[0] for k in state} >= {"student", "teacher"}:
-            state, changed = {k: v for k, v in state.items() if k.startswith("student.")}, True
+            state = {k: v for k, v in state.items() if k.startswith("student.")}
         for prefix in ("module.", "_orig_mod.", "model.", "net.", "student.", "teacher."):
             if all(k.startswith(prefix) for k in state):
-                state, changed = {k[len(prefix):]: v for k, v in state.items()}, True
-    state = {re.sub(r"^fc\.", "linear.", k.replace(".downsample.", ".shortcut.")) if "layer1.0.conv1.weight" in state else k: v
-             for k, v in state.items()}
+                state = {k[len(prefix):]: v for k, v in state.items()}
+    if "layer1.0.conv1.weight" in state:
+        state = {re.sub(r"^fc\.", "linear.", k.replace(".downsample.", ".shortcut.")): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-def infer_arch(state: dict[str, Tensor], path: Any) -> Optional[str]:
-    """The name in MODELS that fits the keys and shapes; a container's own `arch` field is never believed."""
-    shape = {k: tuple(v.shape) for k, v in state.items()}
-    blocks = tuple(len({k.split(".")[1] for k in shape if k.startswith(f"layer{s}.")}) for s in range(1, 5))
-    stem, arch = shape.get("conv1.weight"), None
-    if any(k.startswith("scion.") for k in shape):
+@functools.lru_cache(maxsize=None)
+def key_shapes(name: str, num_classes: int) -> frozenset:
+    """(key, shape) of all weights of a network of MODELS; built without memory or random numbers."""
+    with torch.device("meta"):
+        return shapes_of(MODELS[name](num_classes=num_classes).state_dict())
+
+
+def shapes_of(state: dict[str, Tensor]) -> frozenset:
+    return frozenset((k, tuple(v.shape)) for k, v in state.items() if not k.endswith("num_batches_tracked"))  # old files lack these
+
+
+def infer_arch(state: dict[str, Tensor], num_classes: int, path: Any) -> Optional[str]:
+    """The network whose keys and shapes fit best, None if less than half do; a container's `arch` field is never believed."""
+    if any(k.startswith("scion.") for k in state):
         fail(f"{path}: an unfolded NetGraft student is read by netgraft.py --evaluate only (--fold gives a complete network)")
-    if any(k.startswith("encoder.") for k in shape) or ("layer4.0.conv3.weight" in shape and stem is None):
+    if any(k.startswith("encoder.") for k in state) or ("layer4.0.conv3.weight" in state and "conv1.weight" not in state):
         fail(f"{path}: this is a few-shot encoder; give it to gda_kd.py --task fewshot")
-    if "features.0.0.weight" in shape:
-        head = "folded" if "classifier.weight" in shape else len(shape.get("classifier.1.weight", ()))
-        arch = {"folded": "netgraft_vgg16_folded", 1: "netgraft_vgg16", 2: "netgraft_vgg16_student"}.get(head)
-    elif "block0.0.weight" in shape:
-        convs = [[s[0] for k, s in shape.items() if k.startswith(f"block{b}.") and len(s) == 4] for b in range(5)]
-        widths = tuple((c[0], len(c)) if c else (0, 0) for c in convs)
-        arch = next((name for name, known in VGG_WIDTHS.items() if known == widths), None)
-    elif "block1.layer.0.conv1.weight" in shape:
-        n = len({k.split(".")[2] for k in shape if k.startswith("block1.layer.")})
-        arch = f"wrn{6 * n + 4}_{shape['block1.layer.0.conv1.weight'][0] // 16}"
-    elif stem and blocks[3]:
-        deep = "layer1.0.conv3.weight" in shape
-        arch = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50" if deep else "resnet34"}.get(blocks, "")
-        arch += "_small" if stem[0] == 32 else "_imagenet" if stem[-1] == 7 else "_tiny" if "conv1.bias" in shape else ""
-    elif stem and blocks[0]:
-        shortcut = "" if any(".shortcut." in k for k in shape) else "_a"
-        arch = f"resnet{6 * blocks[0] + 2}" + ("x4" if stem[0] == 32 else shortcut)
-    return arch if arch in MODELS else None
+    ours, known = shapes_of(state), {name: key_shapes(name, num_classes) for name in MODELS}
+    overlap = {name: len(ours & theirs) / len(ours | theirs) for name, theirs in known.items()}
+    best = max(overlap, key=overlap.get)
+    return best if overlap[best] > 0.5 else None
 
 
 def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[int] = None) -> tuple[nn.Module, dict]:
@@ -1018,42 +932,37 @@ def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[in
     obj = read_checkpoint(path)
     config = read_json(Path(path).parent / "config.json") if Path(path).name.startswith("student") else {}
     state, meta = unwrap(obj, path), {} if is_state_dict(obj) else obj
-    classes = len(next((v for v in reversed(list(state.values())) if v.ndim == 2), ()))
-    stored = str(meta.get("arch") or config.get("args", {}).get("student"))
-    if arch is None and ".py:" in stored:
-        arch = stored
-    if arch is None or ".py:" not in arch:
-        looks, asked = infer_arch(state, path), arch and canonical(arch)
-        if looks is None and asked is None:
-            fail(f"{path}: these weights fit no network of common.py (first keys: {', '.join(list(state)[:3])}); name it with "
-                 "--teacher to see what differs, or give --teacher file.py:callable for a network of your own")
-        if None not in (looks, asked) and looks not in (asked, f"{asked}_a"):
-            fail(f"{path}: this is {looks} with {classes} classes, you asked for {asked}; give --teacher {looks}")
-        arch = looks or asked
+    classes = len(next((v for v in reversed(list(state.values())) if v.ndim == 2), ())) or num_classes or 1
+    asked = canonical(arch) if arch else None
+    if asked is None and ".py:" in str(meta.get("arch")):  # no code is run on the word of a file
+        fail(f"{path}: holds the weights of {meta['arch']}; if that code is yours, name it: --teacher (or --arch) {meta['arch']}")
+    looks = asked if asked and ".py:" in asked else infer_arch(state, classes, path)
+    if looks is None and asked is None:
+        fail(f"{path}: these weights fit no network of common.py (first keys: {', '.join(list(state)[:3])}); name it with --teacher "
+             "to see what differs, or give --teacher file.py:callable for a network of your own")
+    if None not in (looks, asked) and looks not in (asked, f"{asked}_a"):
+        fail(f"{path}: this is {looks} with {classes} classes, you asked for {asked}; give --teacher {looks}")
+    arch = looks or asked
     if num_classes is not None and classes != num_classes:
         fail(f"{path}: this is {arch} with {classes} classes, the data set has {num_classes}; it was trained on another set")
-    with torch.random.fork_rng(devices=[]):  # a net that is overwritten at once must not move the run's random stream
+    with rng_kept():  # a net that is overwritten at once must not move the run's random streams
         net = build_model(arch, classes)
     if arch == "netgraft_vgg16_folded" and "features.4.0.bias_map" not in state:
         net.features[4][0] = nn.Conv2d(256, 256, 3, padding=1)
     wanted = net.state_dict()
-    counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}  # old files have none
-    state = {**counters, **state}
-    problems = [(what, keys) for what, keys in (
+    state = {**{k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}, **state}  # old files have no counters
+    problems = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in (
         ("missing", [k for k in wanted if k not in state]), ("unexpected", [k for k in state if k not in wanted]),
         ("of another shape", [k for k in wanted if k in state and wanted[k].shape != state[k].shape])) if keys]
     if problems:
-        detail = "; ".join(f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems)
-        fail(f"{path}: does not fit {arch}: {detail}; the file is damaged or holds another network")
+        fail(f"{path}: does not fit {arch}: {'; '.join(problems)}; the file is damaged or holds another network")
     net.load_state_dict(state, strict=True)
     acc = next((float(meta[k]) for k in ("acc1", "best_acc1", "best_prec1", "accuracy", "best_acc", "metric")
                 if isinstance(meta.get(k), (int, float, np.number, Tensor)) and np.ndim(meta[k]) == 0), None)
-    norm = meta.get("norm") or config.get("derived", {}).get("norm")
-    if norm is None and arch.endswith("_a"):
-        norm = "imagenet"
-    elif norm is None and classes == 100 and ("metric" in meta or arch.endswith("_imagenet")):
-        norm = "cifar100_gda"
-    return net.eval(), {"arch": arch, "num_classes": classes, "acc1": 100 * acc if acc and acc <= 1 else acc, "norm": norm,
+    zoo_norm = ("imagenet" if arch.endswith("_a") else
+                "cifar100_gda" if classes == 100 and ("metric" in meta or arch.endswith("_imagenet")) else None)
+    return net.eval(), {"arch": arch, "num_classes": classes, "acc1": 100 * acc if acc and acc <= 1 else acc,
+                        "norm": meta.get("norm") or config.get("derived", {}).get("norm") or zoo_norm,
                         "epoch": meta["epoch"] if isinstance(meta.get("epoch"), int) else None}
 
 
@@ -1063,7 +972,7 @@ def upsample(x: Tensor, size: int) -> Tensor:
 
 
 class Upsampled(nn.Module):
-    """A network with an input size of its own behind an up-sampling of the data set's images."""
+    """A network with an input size of its own, behind an up-sampling of the data set's images."""
 
     def __init__(self, net: nn.Module, size: int):
         super().__init__()
@@ -1074,22 +983,18 @@ class Upsampled(nn.Module):
 
 
 def lr_at(recipe: dict, epoch: float) -> float:
-    """Learning rate at a 0-based (fractional) epoch; kinds constant, multistep, cosine, fast; linear warm-up before it."""
-    lr, warmup, kind = recipe["lr"], recipe.get("warmup", 0), recipe["kind"]
+    """Learning rate at a 0-based (fractional) epoch; kinds constant, multistep, cosine, fast, after a linear warm-up."""
+    lr, warmup, low = recipe["lr"], recipe.get("warmup", 0), recipe.get("eta_min", 0.0)
     if epoch < warmup:
-        first = recipe.get("warmup_lr", 0.0)
-        return first + epoch * (lr - first) / warmup
-    if kind == "multistep":
+        return recipe.get("warmup_lr", 0.0) + epoch * (lr - recipe.get("warmup_lr", 0.0)) / warmup
+    if recipe["kind"] == "multistep":
         return lr * recipe["gamma"] ** sum(epoch >= m for m in recipe["milestones"])
-    if kind == "cosine":
-        low = recipe.get("eta_min", 0.0)
+    if recipe["kind"] == "cosine":
         return low + (lr - low) * (1 + math.cos(math.pi * epoch / recipe["T_max"])) / 2
-    if kind == "fast":  # 0.2 lr -> lr over the first fifth, then linearly to 0
+    if recipe["kind"] == "fast":  # 0.2 lr -> lr over the first fifth, then linearly to 0
         p = epoch / recipe["epochs"]
         return lr * (0.2 + 4 * p if p < 0.2 else (1 - p) / 0.8)
-    if kind == "constant":
-        return lr
-    raise ValueError(f"unknown schedule {kind!r}")
+    return {"constant": lr}[recipe["kind"]]
 
 
 @dataclass
@@ -1097,21 +1002,21 @@ class TrainArgs:
     """Train a teacher (or any network from scratch) and keep it where the five scripts look for it."""
     METHOD: ClassVar[str] = "train"
     dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
+    arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
+    recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate linear up and down; multistep: times gamma at milestones
+    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 5, else 60; multistep 200)
+    batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64; multistep 128)
+    lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: for each 128 images, VGG half of it)
+    milestones: tuple[int, ...] = (100, 150)  # multistep: epochs from which on the rate is multiplied by gamma
+    gamma: float = 0.1  # multistep: the factor
+    weight_decay: float = 5e-4  # fast: only on weights with two or more dimensions
+    momentum: float = 0.9  # SGD momentum
+    input_size: int = 0  # train behind a bilinear up-sampling to this size; 0 = the data's own
     data_dir: str = "./data"  # where data sets, their cache and teachers are kept
     data_url: str = ""  # own mirror of the archive, tried first
     limit_train: int = 0  # class-balanced part of the training images; 0 = all
     limit_test: int = 0  # class-balanced part of the test images; 0 = all
-    arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
     norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the data set's
-    recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, linear up and down; multistep: x gamma at milestones
-    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 12; multistep 200)
-    batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64; multistep 128)
-    lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1 for each 128 images; VGG half of it)
-    milestones: tuple[int, ...] = (100, 150)  # multistep: epochs after which the rate is multiplied by gamma
-    gamma: float = 0.1  # multistep: factor
-    weight_decay: float = 5e-4  # fast: on weights with two or more dimensions only
-    momentum: float = 0.9  # SGD momentum
-    input_size: int = 0  # train behind a bilinear up-sampling to this size; 0 = the data's own
     seed: int = 0  # seeds python, numpy and torch
     deterministic: bool = False  # deterministic kernels, an error where there are none
     device: str = "auto"  # auto, cuda, cuda:N or cpu
@@ -1128,48 +1033,49 @@ class TrainArgs:
 
 
 def train_recipe(args: TrainArgs) -> dict:
-    """The numbers of a training, all that decides its result; its hash is part of the teacher's file name."""
-    fast, net = args.recipe == "fast", canonical(args.arch)
-    plain_vgg = net.startswith("netgraft")
+    """All numbers that decide the result of a training; their hash is part of the teacher's file name."""
+    fast, arch = args.recipe == "fast", canonical(args.arch)
+    plain_vgg = fast and arch.startswith("netgraft")  # no batch norm in its convs: small steps, clipped gradient
     batch = args.batch_size or (128 if plain_vgg or not fast else 64 if args.dataset == "shapes" else 512)
-    lr = args.lr or (0.05 if plain_vgg else 0.1 * (batch / 128 if fast else 1) / (2 if net.startswith("vgg") and fast else 1))
-    epochs = args.epochs or ({"cifar100": 100, "shapes": 12}.get(args.dataset, 60) if fast else 200)
-    recipe = {"kind": args.recipe, "lr": lr, "epochs": epochs, "batch_size": batch, "weight_decay": args.weight_decay,
-              "momentum": args.momentum, "clip": 1.0 if plain_vgg else 0.0, "input_size": args.input_size, "seed": args.seed,
-              "limit_train": args.limit_train, "amp": args.amp}
+    lr = args.lr or (0.05 if plain_vgg else 0.1 * batch / 128 / (2 if arch.startswith("vgg") else 1) if fast else 0.1)
+    epochs = args.epochs or ({"cifar100": 100, "shapes": 5}.get(args.dataset, 60) if fast else 200)
+    recipe = {"kind": args.recipe, "lr": lr, "epochs": epochs, "batch_size": batch, "clip": 1.0 if plain_vgg else 0.0,
+              **{k: getattr(args, k) for k in ("weight_decay", "momentum", "input_size", "seed", "limit_train", "amp")}}
     return recipe if fast else {**recipe, "milestones": list(args.milestones), "gamma": args.gamma}
 
 
-def teacher_path(args: TrainArgs, data: Data, recipe: dict) -> Path:
-    """<data_dir>/teachers/<dataset>_<arch>-<hash8>.pt; the hash covers recipe, normalisation, network file and data."""
+def teacher_path(args: TrainArgs, data: Data) -> Path:
+    """<data_dir>/teachers/<dataset>_<arch>-<hash8>.pt; the hash covers recipe, normalisation, an own network's file and data."""
     code = Path(args.arch.rpartition(":")[0]).read_text() if ".py:" in args.arch else ""
-    facts = [recipe, canonical(args.arch), code, data.mean, data.std, list(data.classes), data.fingerprint]
+    facts = [train_recipe(args), canonical(args.arch), code, data.mean, data.std, list(data.classes), data.fingerprint]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.arch)}-{digest}.pt"
 
 
 def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
-    """SGD on cross-entropy with crop and flip; each image's flip alternates from epoch to epoch (recipe fast)."""
+    """SGD on cross-entropy with crop and flip; in recipe fast each image's flip alternates from epoch to epoch."""
     run = Run(args)
-    data = data or load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url,
-                             limit_train=args.limit_train, limit_test=args.limit_test)
+    data = data or load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
+                             limit_test=args.limit_test)
     if args.norm != "auto":
-        data.norm, (data.mean, data.std) = args.norm, norm_constants(args.norm)
-    recipe = train_recipe(args)
-    fast, epochs, n = args.recipe == "fast", recipe["epochs"], len(data.train_x)
+        data.set_norm(args.norm)
+    recipe, fast, n = train_recipe(args), args.recipe == "fast", len(data.train_x)
+    epochs, batch_size = recipe["epochs"], min(recipe["batch_size"], n)
+    steps = n // batch_size
     net = build_model(args.arch, data.num_classes, args.input_size or data.image_size)
     net.to(run.device, memory_format=torch.channels_last)
     model = Upsampled(net, args.input_size) if args.input_size else net
-    decay, rest = ([p for p in net.parameters() if (p.ndim > 1 or not fast) == d] for d in (True, False))
+    forward = torch.compile(model) if args.compile else model
+    decay, rest = ([p for p in net.parameters() if (p.ndim > 1 or not fast) == with_decay] for with_decay in (True, False))
     optimizer = torch.optim.SGD([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=recipe["lr"],
                                 momentum=args.momentum, weight_decay=args.weight_decay, nesterov=fast)
     coin = torch.rand(n, generator=torch.Generator().manual_seed(args.seed)).to(run.device) < 0.5
-    batch_size = min(recipe["batch_size"], n)
-    steps = n // batch_size
     run.note(recipe=recipe, norm=data.norm, params_macs=count_params_macs(model, data.image_size))
-    forward = torch.compile(model) if args.compile else model
+    for _ in range(2):  # the second pass is timed
+        begin = time.perf_counter()
+        predict(model, data, data.train_x[:batch_size]).sum().item()
     print(f"training {args.arch} on {n} images for {epochs} epochs: about "
-          f"{3 * steps * epochs * forward_seconds(model, data, batch_size) / 60:.1f} minutes on {run.device}", flush=True)
+          f"{3 * steps * epochs * (time.perf_counter() - begin) / 60:.1f} minutes on {run.device}", flush=True)
     start, scores = run.restore(student=net, optimizer=optimizer), None
     for epoch in range(start, epochs):
         model.train()
@@ -1191,41 +1097,32 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
         scores = evaluate(model, data) if due else None
         if not run.end_epoch(epoch, net, scores and scores["top1"]):
             break
-    scores, path = scores or evaluate(model, data), teacher_path(args, data, recipe)
+    scores, path = scores or evaluate(model, data), teacher_path(args, data)
     if not run.stopped:
-        save(path, {"state_dict": net.state_dict(), "arch": canonical(args.arch), "dataset": data.name,
-                    "classes": list(data.classes), "acc1": scores["top1"], "norm": data.norm, "epoch": epochs,
-                    "recipe": recipe})
+        save(path, {"state_dict": {k: v.cpu() for k, v in net.state_dict().items()}, "arch": canonical(args.arch),
+                    "dataset": data.name, "classes": list(data.classes), "acc1": scores["top1"], "norm": data.norm,
+                    "epoch": epochs, "recipe": recipe})
         print(f"teacher {args.arch}: {scores['top1']:.2f} % on {data.name}, kept as {path}")
     run.finish({**scores, "student": args.arch, "real_images": n, "n_test": len(data.test_y)})
     return path
-
-
-def forward_seconds(model: nn.Module, data: Data, batch_size: int) -> float:
-    """Seconds of one forward pass of a batch, measured in eval mode, where it leaves no trace."""
-    x = data.train_x[:batch_size]
-    for _ in range(2):
-        begin = time.perf_counter()
-        predict(model, data, x).sum().item()
-    return time.perf_counter() - begin
 
 
 def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: Optional[Callable] = None
                 ) -> tuple[nn.Module, dict]:
     """Given file -> file placed in data_dir/teachers -> cached -> trained now; frozen, its accuracy printed and checked.
 
-    Sets data.mean, data.std, data.norm (flag, else teacher's, else preset's, else data set's) and data.t_logits.
+    Sets data.mean, data.std, data.norm (flag, else the teacher's, else the preset's, else the data set's) and data.t_logits.
     score(teacher, data) -> top-1 replaces evaluate where a method measures otherwise.
     """
     if args.norm != "auto":
-        data.norm, (data.mean, data.std) = args.norm, norm_constants(args.norm)
+        data.set_norm(args.norm)
     path, wanted = teacher_file(args, data, input_size)
-    with rng_kept():
-        if not path.is_file() and not args.teacher_ckpt:
+    if not path.is_file() and not args.teacher_ckpt:
+        with rng_kept():
             train_missing(path, wanted, data)
-        net, info = load_teacher(path, args.teacher, data.num_classes)
+    net, info = load_teacher(path, args.teacher, data.num_classes)
     if info["norm"] and "norm" not in getattr(args, "given", ()):
-        data.norm, (data.mean, data.std) = info["norm"], norm_constants(info["norm"])
+        data.set_norm(info["norm"])
     teacher = Upsampled(net, input_size) if input_size and input_size != data.image_size else net
     teacher.to(data.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     data.t_logits = predict(teacher, data)
@@ -1235,55 +1132,45 @@ def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: 
     print(f"teacher {info['arch']} from {path}: {top1:.2f} % on {len(data.test_y)} test images of {data.name} "
           f"(norm {data.norm}{stored})", flush=True)
     bound, fall = min(300 / data.num_classes, 50 + 50 / data.num_classes), (info["acc1"] or 0) - top1
-    if top1 < bound or fall > 5:
-        why = likely_cause(teacher, data, top1)
-        if not args.allow_weak_teacher:
-            fail(f"{path}: a teacher of {top1:.2f} % is not worth distilling (bound {max(bound, (info['acc1'] or 0) - 5):.1f}): "
-                 f"{why}; --allow_weak_teacher goes on all the same")
-        print(f"warning: weak teacher: {why}")
-    elif fall > 1:
-        print(f"warning: {fall:.2f} points below the accuracy stored in its file: {likely_cause(teacher, data, top1)}")
+    if top1 < bound or fall > 1:
+        why = f"{path} scores {top1:.2f} % (expected {max(bound, info['acc1'] or 0):.2f}): {likely_cause(teacher, data, top1)}"
+        if (top1 < bound or fall > 5) and not args.allow_weak_teacher:
+            fail(f"{why}; mend that, or go on all the same with --allow_weak_teacher")
+        print(f"warning: {why}")
     return teacher, info
 
 
 def likely_cause(teacher: nn.Module, data: Data, top1: float) -> str:
-    """Tries the other normalisations and the best relabelling of the classes, and names what would explain a low score."""
-    n, c, kept = len(data.test_y), data.num_classes, (data.mean, data.std)
-    pick = torch.linspace(0, n - 1, min(n, 1000)).long()  # spread over the set: copies are often sorted by class
-    tries = {}
-    for name, (data.mean, data.std) in NORMS.items():
+    """Tries the other normalisations and says what would explain a low score."""
+    norm, tries, n = data.norm, {}, len(data.test_y)
+    pick = torch.linspace(0, n - 1, min(n, 1000), device=data.device).long()  # spread over the set: copies are often sorted by class
+    for name in NORMS:
+        data.set_norm(name)
         tries[name] = accuracy(predict(teacher, data, data.test_x[pick]), data.test_y[pick])["top1"]
-    data.mean, data.std = kept
+    data.set_norm(norm)
     best = max(tries, key=tries.get)
-    table = torch.zeros(c, c).index_put_((data.t_logits.argmax(1).cpu(), data.test_y.cpu()), torch.ones(n), accumulate=True)
-    relabelled = 100 * float(table.max(1).values.sum()) / n
     if tries[best] > top1 + 3:
         return f"wrong normalisation, with --norm {best} it scores about {tries[best]:.0f} %"
-    if relabelled > max(2 * top1, 200 / c) and len(table.argmax(1).unique()) > 0.7 * c:
-        return (f"wrong class order, under another numbering of the classes it would score {relabelled:.0f} % (ours is the sorted "
-                "order of class names, Tiny-ImageNet: of wnids)")
-    return "untrained, or trained on other data or classes"
+    return "untrained, or trained on other data, other classes or another class order (ours: sorted names, Tiny-ImageNet: wnids)"
 
 
 def teacher_file(args: Any, data: Data, input_size: Optional[int] = None) -> tuple[Path, TrainArgs]:
     """Given, else placed in data_dir/teachers, else where the one of our recipe is kept (it may not exist yet)."""
-    wanted = TrainArgs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainArgs) if f.name in (
-        "dataset", "data_dir", "data_url", "limit_train", "limit_test", "norm", "device", "deterministic", "amp", "compile",
-        "out_dir", "time_limit") and hasattr(args, f.name)}, arch=args.teacher, input_size=input_size or 0)
-    if getattr(args, "smoke", False):
-        wanted.epochs = 2
-    folder = Path(args.data_dir) / "teachers"
-    names = [f"{data.name}_{n}{end}" for n in (short_name(args.teacher), args.teacher) for end in (".pth", ".pt", ".th")]
-    placed = next((folder / n for n in names if (folder / n).is_file()), None)
-    return (Path(args.teacher_ckpt) if args.teacher_ckpt else placed or teacher_path(wanted, data, train_recipe(wanted))), wanted
+    shared = ("dataset", "data_dir", "data_url", "limit_train", "limit_test", "norm", "device", "deterministic", "amp", "compile",
+              "out_dir", "time_limit")
+    wanted = TrainArgs(**{k: getattr(args, k) for k in shared if hasattr(args, k)}, arch=args.teacher, input_size=input_size or 0,
+                       epochs=2 if getattr(args, "smoke", False) else 0)
+    places = [Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.teacher)}{end}" for end in (".pth", ".pt", ".th")]
+    placed = next((p for p in places if p.is_file()), None)
+    return Path(args.teacher_ckpt) if args.teacher_ckpt else placed or teacher_path(wanted, data), wanted
 
 
 def train_missing(path: Path, wanted: TrainArgs, data: Data) -> None:
     """Train the teacher in a run folder of its own, or go on with an interrupted one; a lock lets one process train."""
-    if int(os.environ.get("RANK", 0)):  # rank 0 trains
-        while not path.is_file():
-            time.sleep(1)
-        return
+    while int(os.environ.get("RANK", 0)):  # rank 0 trains
+        if path.is_file():
+            return
+        time.sleep(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         if fcntl is not None:
@@ -1305,33 +1192,43 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)  # CUDA too
     torch.backends.cudnn.benchmark = not deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def rng_state() -> dict:
-    kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def get_state(o: Any) -> Any:
+    """State of anything a checkpoint holds: modules, optimizers, own classes with state_dict, and random generators."""
+    if isinstance(o, np.random.RandomState):
+        return [torch.from_numpy(v.astype(np.int64)) if isinstance(v, np.ndarray) else v for v in o.get_state()]
+    return o.get_state() if isinstance(o, torch.Generator) else o.getstate() if isinstance(o, random.Random) else o.state_dict()
 
 
-def set_rng_state(state: dict) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_state(o: Any, state: Any) -> None:
+    if isinstance(o, np.random.RandomState):
+        o.set_state(tuple(v.numpy().astype(np.uint32) if isinstance(v, Tensor) else v for v in state))
+    elif isinstance(o, torch.Generator):
+        o.set_state(state)
+    elif isinstance(o, random.Random):
+        o.setstate(state)
+    else:
+        o.load_state_dict(state)
+
+
+def global_streams() -> dict[str, Any]:
+    """The generators behind random.*, np.random.* and torch.*"""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return {"python": random._inst, "numpy": np.random.mtrand._rand, "torch": torch.default_generator,
+            **{f"cuda{i}": g for i, g in enumerate(cuda)}}
 
 
 @contextlib.contextmanager
 def rng_kept() -> Iterator[None]:
     """What happens inside leaves no trace in the random streams."""
-    state = rng_state()
+    states = {name: get_state(g) for name, g in global_streams().items()}
     yield
-    set_rng_state(state)
+    for name, g in global_streams().items():
+        if name in states:
+            set_state(g, states[name])
 
 
 def autocast(device: Any, amp: str) -> Any:
@@ -1339,8 +1236,7 @@ def autocast(device: Any, amp: str) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         fail(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
@@ -1349,50 +1245,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def save(path: Path, obj: Any) -> None:
-    """torch.save of tensors moved to the CPU, atomically; a full disk leaves the old file whole."""
-    def to_cpu(o: Any) -> Any:
-        if isinstance(o, Tensor):
-            return o.detach().cpu().contiguous()
-        return {k: to_cpu(v) for k, v in o.items()} if isinstance(o, dict) else \
-            type(o)(map(to_cpu, o)) if type(o) in (list, tuple) else o
-
-    buffer = io.BytesIO()
-    torch.save(to_cpu(obj), buffer)
+    """torch.save, atomically: a full disk or a kill leaves the old file whole."""
+    buffer = io.BytesIO()  # a write error inside torch.save would not come out as an OSError
+    torch.save(obj, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write(buffer.getbuffer()))
 
 
-def get_state(o: Any) -> Any:
-    if isinstance(o, torch.Generator):
-        return o.get_state()
-    if isinstance(o, np.random.RandomState):
-        kind, keys, *rest = o.get_state()
-        return (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
-    return o.getstate() if isinstance(o, random.Random) else o.state_dict()
-
-
-def set_state(o: Any, state: Any) -> None:
-    if isinstance(o, torch.Generator):
-        o.set_state(state)
-    elif isinstance(o, np.random.RandomState):
-        o.set_state((state[0], state[1].numpy().astype(np.uint32), *state[2:]))
-    elif isinstance(o, random.Random):
-        o.setstate((state[0], tuple(state[1]), state[2]))
-    else:
-        o.load_state_dict(state)
-
-
-def first_nan(state: Any, name: str = "") -> str:
+def first_nan(state: Any, name: str) -> str:
     if isinstance(state, Tensor):
         return name if state.is_floating_point() and bool(torch.isnan(state).any()) else ""
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return next((hit for k, v in items if (hit := first_nan(v, f"{name}.{k}" if name else str(k)))), "")
+    return next((hit for k, v in items if (hit := first_nan(v, f"{name}.{k}"))), "")
 
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text())
-        return value if isinstance(value, dict) else {}
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
@@ -1405,14 +1274,13 @@ def git_revision() -> str:
     def git(*words: str) -> str:
         done = subprocess.run(("git", "-C", str(Path(__file__).resolve().parent), *words), capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
-    if not shutil.which("git"):
-        return ""
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "") \
+        if shutil.which("git") else ""
 
 
 def short_name(arch: str) -> str:
     """For file names: path/net.py:small -> net_small."""
-    return re.sub(r"[^\w,.-]+", "_", Path(arch).name.replace(".py:", "_")) if ".py:" in arch else canonical(arch)
+    return Path(arch).name.replace(".py:", "_") if ".py:" in arch else canonical(arch)
 
 
 class Run:
@@ -1425,32 +1293,31 @@ class Run:
         seed_everything(args.seed, args.deterministic)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.objects: dict[str, Any] = {}
+        self.students: dict[str, nn.Module] = {}
         self.scores: dict[str, dict] = {}  # of each student: last, best, best_epoch
         self.best_state: dict[str, dict] = {}  # with --select best_test: the weights of the best epoch
-        self.students: dict[str, nn.Module] = {}
-        self.seconds_before, self.step, self.next_epoch, self.saved_at, self.last_logged = 0.0, 0, 0, time.time(), {}
-        self._bar, self._board = None, None
+        self.step, self.next_epoch, self.seconds_before, self.saved_at = 0, 0, 0.0, time.time()
+        self.last_logged, self._bar, self._board = {}, None, None
         self.dir = Path(args.resume) if args.resume else Path(args.out_dir) / (args.run_name or self.derived_name())
-        config = {"method": self.method, "args": {f.name: getattr(args, f.name) for f in dataclasses.fields(args)},
-                  "given": sorted(getattr(args, "given", ())), "argv": sys.argv, "git": git_revision(), "derived": {},
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                               "numpy": np.__version__}, "device": self.device_name()}
         if args.resume and (self.dir / "result.json").is_file():
-            print(f"{self.dir} is finished: {(self.dir / 'result.json').read_text()}")
+            print(f"{self.dir} is finished; its result:\n{table(result_rows(self.dir))}")
             raise SystemExit(0)
         if not args.resume and self.first_rank:
             if self.dir.exists():
                 fail(f"{self.dir} exists; give another --run_name, or go on with --resume {self.dir}")
             (self.dir / "src").mkdir(parents=True)
             (self.dir / "samples").mkdir()
-            write_json(self.dir / "config.json", config)
             for file in {Path(inspect.getfile(type(args))), Path(__file__)}:
                 shutil.copy(file, self.dir / "src" / file.name)
-        self._sigint = None
+            write_json(self.dir / "config.json", {
+                "method": self.method, "args": {f.name: getattr(args, f.name) for f in dataclasses.fields(args)},
+                "given": sorted(getattr(args, "given", ())), "argv": sys.argv, "git": git_revision(), "derived": {},
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
+                             "numpy": np.__version__}, "device": self.device_name()})
         try:
             self._sigint = signal.signal(signal.SIGINT, self._on_ctrl_c)
         except ValueError:
-            pass  # not in the main thread: Ctrl-C keeps its usual meaning
+            self._sigint = None  # not in the main thread: Ctrl-C keeps its usual meaning
         if args.tensorboard and self.first_rank:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1461,13 +1328,26 @@ class Run:
 
     def derived_name(self) -> str:
         a = self.args
-        pair = "-".join(short_name(n) for n in (getattr(a, "teacher", ""), getattr(a, "student", getattr(a, "arch", ""))) if n)
-        parts = [self.method, Path(a.dataset).name, pair, f"k{a.shots}" if hasattr(a, "shots") else "", f"s{a.seed}",
-                 time.strftime("%Y%m%d-%H%M%S")]
+        nets = ",".join(getattr(a, k) for k in ("teacher", "student", "arch") if hasattr(a, k)).split(",")
+        parts = [self.method, Path(a.dataset).name, "-".join(map(short_name, nets)), f"k{a.shots}" if hasattr(a, "shots") else "",
+                 f"s{a.seed}", time.strftime("%Y%m%d-%H%M%S")]
         return "__".join(p for p in parts if p)
 
     def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+
+    def peak_mb(self) -> float:
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 2 ** 20, 1)
+        try:
+            import resource
+            return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10), 1)
+        except ImportError:  # Windows
+            return 0.0
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.time() - self.begin
 
     def _on_ctrl_c(self, *_: Any) -> None:
         if self.stopped:
@@ -1475,53 +1355,52 @@ class Run:
         self.stopped = "Ctrl-C"
         print("\nCtrl-C: stopping at the end of this epoch (once more: at once, losing the epoch)", flush=True)
 
-    def seconds(self) -> float:
-        return self.seconds_before + time.time() - self.begin
-
     def note(self, **derived: Any) -> None:
-        """Add derived values (norm, teacher, parameter counts, hash of the shots ...) to config.json."""
+        """Add derived values (norm, teacher, parameter counts, the shots ...) to config.json."""
         if self.first_rank:
             config = read_json(self.dir / "config.json")
-            config["derived"] = {**config.get("derived", {}), **derived}
-            write_json(self.dir / "config.json", config)
+            write_json(self.dir / "config.json", {**config, "derived": {**config["derived"], **derived}})
 
     def restore(self, **objects: Any) -> int:
         """Register all that a checkpoint must hold; returns the epoch to start with (0 writes a first checkpoint)."""
-        self.objects = {**objects, "run.generator": self.generator}
+        self.objects = {**objects, "run_generator": self.generator}
         self.students = {k[8:]: o for k, o in objects.items() if k == "student" or k.startswith("student_")}
         path = self.dir / "ckpt_last.pt"
         if not self.args.resume or not path.is_file():
             self.save(0)
             return 0
         ckpt = read_checkpoint(path)
+        if not isinstance(ckpt, dict) or not {"objects", "scores", "streams", "metrics_bytes"} <= ckpt.keys():
+            fail(f"{path} is not the checkpoint of a run; put the right file back, or start anew without --resume")
         if set(ckpt["objects"]) != set(self.objects):
-            fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; resume with "
-                 f"the source in {self.dir / 'src'}")
+            fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; resume with the "
+                 f"source in {self.dir / 'src'}")
         for name, o in self.objects.items():
             set_state(o, ckpt["objects"][name])
-        self.scores, self.best_state, self.step, self.next_epoch = (
-            ckpt[k] for k in ("scores", "best_state", "step", "epoch"))
-        self.seconds_before, self.begin = ckpt["seconds"], time.time()
-        set_rng_state(ckpt["rng"])
+        self.scores, self.best_state, self.step, self.next_epoch, self.seconds_before = (
+            ckpt[k] for k in ("scores", "best_state", "step", "epoch", "seconds"))
+        for name, g in global_streams().items():
+            if name in ckpt["streams"]:
+                set_state(g, ckpt["streams"][name])
         if self.first_rank:
             with open(self.dir / "metrics.jsonl", "ab") as f:
                 f.truncate(ckpt["metrics_bytes"])
-        print(f"resumed at epoch {ckpt['epoch'] + 1}", flush=True)
-        return ckpt["epoch"]
+        self.begin = time.time()
+        print(f"resumed {self.dir} at epoch {self.next_epoch + 1}", flush=True)
+        return self.next_epoch
 
     def save(self, epoch: int) -> None:
         """ckpt_last.pt: everything needed to go on with `epoch`, bit-equal; the old one survives until it is complete."""
-        self.saved_at = time.time()
+        self.saved_at, metrics = time.time(), self.dir / "metrics.jsonl"
         if not self.first_rank:
             return
         objects = {name: get_state(o) for name, o in self.objects.items()}
-        if bad := first_nan(objects):
-            fail(f"{bad} holds NaN before epoch {epoch + 1}; the last good checkpoint is kept in {self.dir}. Lower the learning "
-                 "rate, or use --amp none", code=1)
-        metrics = self.dir / "metrics.jsonl"
+        if bad := next((hit for name, state in objects.items() if (hit := first_nan(state, name))), ""):
+            fail(f"{bad} holds NaN after epoch {epoch}; the last good checkpoint is kept in {self.dir}. Lower the learning rate, or "
+                 "use --amp none", code=1)
         save(self.dir / "ckpt_last.pt", {
-            "epoch": epoch, "step": self.step, "objects": objects, "rng": rng_state(), "scores": self.scores,
-            "best_state": self.best_state, "seconds": self.seconds(),
+            "epoch": epoch, "step": self.step, "objects": objects, "scores": self.scores, "best_state": self.best_state,
+            "streams": {name: get_state(g) for name, g in global_streams().items()}, "seconds": self.seconds(),
             "metrics_bytes": metrics.stat().st_size if metrics.is_file() else 0})
 
     def bar(self, items: Iterable, name: str) -> Iterator:
@@ -1531,47 +1410,40 @@ class Run:
         yield from self._bar
 
     def log(self, step: int, epoch: int, **scalars: Any) -> None:
-        """One line of metrics.jsonl, one host sync; loss_kd becomes loss/kd. A value that is not finite stops the run."""
+        """One line of metrics.jsonl, one host sync; loss_kd is named loss/kd. A value that is not finite stops the run."""
         names = [re.sub(r"^(loss|acc|lr|speed|mem)_", r"\1/", k) for k in scalars]
-        tensors = [torch.as_tensor(v, dtype=torch.float64, device=v.device if isinstance(v, Tensor) else self.device).detach()
-                   for v in scalars.values()]
+        tensors = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in scalars.values()]
         values = dict(zip(names, torch.stack(tensors).tolist()))  # sync
-        for name, value in values.items():
-            if not math.isfinite(value):
-                fail(f"{name} is {value} at step {step} (epoch {epoch + 1}); resume from the last checkpoint in {self.dir}, or "
-                     "start anew with a lower learning rate or --amp none", code=1)
+        if bad := next((f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)), ""):
+            fail(f"{bad} at step {step} (epoch {epoch + 1}); go on from the last checkpoint with --resume {self.dir}, or start anew "
+                 "with a lower learning rate or --amp none", code=1)
         self.step, self.last_logged = step, values
         if not self.first_rank:
             return
-        row = {"step": step, "epoch": epoch, "time_s": round(self.seconds(), 3), **values}
         with open(self.dir / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            f.write(json.dumps({"step": step, "epoch": epoch, "time_s": round(self.seconds(), 3), **values}) + "\n")
+        for name, value in values.items() if self._board else ():
+            self._board.add_scalar(name, value, step)
         if self._bar is not None:
-            self._bar.set_postfix_str(" ".join(f"{k.rpartition('/')[2]} {v:.3g}" for k, v in values.items()), refresh=False)
+            self._bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()), refresh=False)
 
     def end_epoch(self, epoch: int, student: Any, top1: Any) -> bool:
         """Log test accuracy (None: not evaluated), save when due; False when the run must stop. Several students: dicts."""
         self.students = student if isinstance(student, dict) else {"": student}
         tops = top1 if isinstance(top1, dict) else {} if top1 is None else {"": top1}
         for name, value in tops.items():
-            s = self.scores.setdefault(name, {"last": value, "best": -1.0, "best_epoch": epoch})
-            s["last"] = value
-            if value > s["best"]:
-                s.update(best=value, best_epoch=epoch)
+            score = self.scores.setdefault(name, {"last": value, "best": -1.0, "best_epoch": epoch})
+            score["last"] = value
+            if value > score["best"]:
+                score.update(best=value, best_epoch=epoch)
                 if getattr(self.args, "select", "last") == "best_test":
                     self.best_state[name] = {k: v.detach().cpu().clone() for k, v in self.students[name].state_dict().items()}
-        losses = self.last_logged
+        terms = "  ".join(f"{k} {v:.4g}" for k, v in self.last_logged.items() if not k.startswith(("acc", "mem")))
         if tops:
-            acc = {f"acc_test_top1{'_' + n if n else ''}": v for n, v in tops.items()}
-            self.log(self.step, epoch, **acc, mem_peak_mb=peak_mb(self.device))
+            self.log(self.step, epoch, **{f"acc_test_top1{n and '_' + n}": v for n, v in tops.items()}, mem_peak_mb=self.peak_mb())
         if self.first_rank:
-            shown = "".join(f"  {n + ' ' if n else ''}{s['last']:.2f} % (best {s['best']:.2f})" for n, s in self.scores.items())
-            terms = "  ".join(f"{k} {v:.4g}" for k, v in losses.items() if not k.startswith(("acc", "mem")))
-            print(f"epoch {epoch + 1}{'/' + str(self.args.epochs) if getattr(self.args, 'epochs', 0) else ''}{shown}  {terms}  "
-                  f"{self.seconds():.0f} s", flush=True)
+            shown = "  ".join(f"{n and n + ' '}{s['last']:.2f} % (best {s['best']:.2f})" for n, s in self.scores.items())
+            print(f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}  {shown}  {terms}  {self.seconds():.0f} s", flush=True)
         if self.args.time_limit and time.time() - self.begin > self.args.time_limit:
             self.stopped = self.stopped or "the time limit"
         self.next_epoch = epoch + 1
@@ -1585,28 +1457,29 @@ class Run:
             image_grid(images, rows, self.dir / "samples" / f"{name}.png")
 
     def finish(self, row: dict, student: Optional[nn.Module] = None) -> dict:
-        """result.json, student.pt (last or best_test weights) and one printed row; a stopped run says how to go on instead."""
+        """result.json, student.pt (last or best_test weights, or the network given here) and one printed row.
+
+        A stopped run says how to go on instead, and ends the program.
+        """
         if self._sigint is not None:
             signal.signal(signal.SIGINT, self._sigint)
         if self.stopped:
             print(f"stopped by {self.stopped} after epoch {self.next_epoch}; go on with --resume {self.dir}", flush=True)
             raise SystemExit(130 if self.stopped == "Ctrl-C" else 0)
-        a, scores = self.args, self.scores or {"": {"last": row.get("top1"), "best": row.get("top1"), "best_epoch": -1}}
-        if student is not None:
-            self.students = {"": student}
-        first = next(iter(scores))
+        a, top1 = self.args, row.get("top1")
+        score = next(iter(self.scores.values()), {"last": top1, "best": top1, "best_epoch": -1})
         result = {"method": self.method, **{k: getattr(a, k, None) for k in ("preset", "dataset", "teacher", "student", "shots")},
-                  "seed": a.seed, "teacher_top1": None, **scores[first], "top5": None, "agree1": None, "L_p": None,
-                  "L_p_sqrt": None, "n_test": None, "real_images": 0, "synthetic_images": 0, "paper": None,
-                  **{k: v for k, v in row.items() if k != "top1"}, "seconds": round(self.seconds(), 1),
-                  "peak_mb": peak_mb(self.device), "device": self.device_name(), "torch": torch.__version__,
-                  "git": git_revision()}
+                  "seed": a.seed, "teacher_top1": None, **score, "top5": None, "agree1": None, "L_p": None, "L_p_sqrt": None,
+                  "n_test": None, "real_images": 0, "synthetic_images": 0, "paper": None, **row,
+                  "seconds": round(self.seconds(), 1), "peak_mb": self.peak_mb(), "device": self.device_name(),
+                  "torch": torch.__version__, "git": git_revision()}
+        result.pop("top1", None)
         if self.first_rank:
             self.save(self.next_epoch)
-            for i, (name, net) in enumerate(self.students.items()):
-                state = self.best_state.get(name) if student is None else None
-                state = state or net.state_dict()
-                for file in ([f"student_{name}.pt"] if name else []) + (["student.pt"] if i == 0 else []):
+            nets = {"": student} if student is not None else self.students
+            for i, (name, net) in enumerate(nets.items()):
+                state = {k: v.cpu() for k, v in ((student is None and self.best_state.get(name)) or net.state_dict()).items()}
+                for file in [f"student_{name}.pt"] * bool(name) + ["student.pt"] * (i == 0):
                     save(self.dir / file, state)
             write_json(self.dir / "result.json", result)
             print(table([result]), flush=True)
@@ -1615,94 +1488,72 @@ class Run:
         return result
 
 
-def peak_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20, 1)
-    try:
-        import resource
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10), 1)
-    except ImportError:  # Windows
-        return 0.0
-
-
 def image_grid(images: Tensor, rows: int, path: Path) -> None:
     """PNG of images (N, 3, H, W), uint8 or floats in [0, 1], in that many rows."""
     from PIL import Image
     from torchvision.utils import make_grid
-    images = images.detach().cpu()
     if images.is_floating_point():
-        images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    grid = make_grid(images, nrow=math.ceil(len(images) / rows), padding=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+        images = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    grid = make_grid(images.cpu(), nrow=math.ceil(len(images) / rows), padding=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
-
-
-def result_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, or of every result.json below a folder; runs of several students give one row each."""
-    if path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    else:
-        rows = [r for f in sorted(path.rglob("result.json")) if (r := read_json(f))]
-    return [{**row, **student} for row in rows for student in row.get("students") or [{}]]
 
 
 ROW_KEYS = ("method", "preset", "dataset", "teacher", "student", "shots")
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: rows that differ only in the seed become one line, mean +- std; rows of tests/bench.py get their own columns."""
-    def mean(group: list[dict], key: str, form: str = ".2f") -> str:
-        values = [r[key] for r in group if r.get(key) is not None]
-        spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-        return f"{np.mean(values):{form}}{spread}" if values else ""
+def result_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file, or of every result.json below a folder; a run of several students gives a row for each."""
+    rows = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
+            [row for file in sorted(path.rglob("result.json")) if (row := read_json(file))])
+    return [{**row, **student} for row in rows for student in row.pop("students", None) or [{}]]
 
-    if any("bench" in r for r in rows):
-        head = ("what", "plain (CPU s)", "ours (CPU s)", "ratio", "machine")
-        lines = [(r["bench"], f"{r['plain']:.3g}", f"{r['ours']:.3g}", f"**{r['plain'] / r['ours']:.1f}×**",
-                  f"{r['device']}, torch {r['torch']}") for r in rows if "bench" in r]
+
+def table(rows: list[dict]) -> str:
+    """Markdown: rows that differ only in the seed make one line, mean ± std; rows of tests/bench.py have their own columns."""
+    def mean(group: list[dict], key: str, form: str = ".2f") -> str:
+        values = [row[key] for row in group if row.get(key) is not None]
+        return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "") if values else ""
+
+    if rows and "bench" in rows[0]:
+        lines = [tuple(rows[0]), *[tuple(map(str, row.values())) for row in rows]]
     else:
-        head = ("method", "data", "teacher → student", "shots", "last", "best (on test)", "published", "Agree@1", "L_p",
-                "seconds", "real / made images", "seeds")
-        groups: dict[tuple, list[dict]] = {}
-        for r in rows:
-            groups.setdefault(tuple(str(r.get(k) or "") for k in ROW_KEYS), []).append(r)
-        lines = []
+        lines, groups = [("method", "data", "teacher → student", "shots", "last", "best on test", "published", "Agree@1", "L_p",
+                          "seconds", "real / made images", "seeds")], {}
+        for row in rows:
+            groups.setdefault(tuple(str(row.get(k) or "") for k in ROW_KEYS), []).append(row)
         for (method, preset, dataset, teacher, student, shots), group in groups.items():
-            paper = group[0].get("paper") or {}
-            teacher += f" ({mean(group[:1], 'teacher_top1')})" if teacher and group[0].get("teacher_top1") else ""
-            lines.append((method + (f" `{preset}`" if preset not in ("", "auto") else ""), Path(dataset).name,
-                          f"{teacher} → {student}" if teacher else student, shots, f"**{mean(group, 'last')}**",
-                          mean(group, "best"), f"{paper['top1']} ({paper['protocol']})" if paper else "",
-                          mean(group, "agree1"), mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
-                          f"{group[0].get('real_images', '')} / {group[0].get('synthetic_images', '')}",
-                          ", ".join(str(r.get("seed", "")) for r in group)))
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ("---",) * len(head), *lines])
+            first, paper = group[0], group[0].get("paper") or {}
+            lines.append((method + f" `{preset}`" * (preset not in ("", "auto")), Path(dataset).name,
+                          (f"{teacher} ({mean(group[:1], 'teacher_top1')}) → " if teacher else "") + student, shots,
+                          f"**{mean(group, 'last')}**", mean(group, "best"),
+                          f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
+                          mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
+                          f"{first.get('real_images')} / {first.get('synthetic_images')}",
+                          ", ".join(str(row["seed"]) for row in group if "seed" in row)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ("---",) * len(lines[0]), *lines[1:]])
 
 
 def keep(rows: list[dict], name: str) -> Path:
     """Put rows into tests/results/<name>.jsonl; a row measured again replaces the old one."""
-    path = Path(__file__).resolve().parent / "tests" / "results" / f"{name}.jsonl"
+    path, identity = Path(__file__).resolve().parent / "tests" / "results" / f"{name}.jsonl", ("bench", *ROW_KEYS, "seed")
     old = result_rows(path) if path.is_file() else []
-    identity = ("bench", *ROW_KEYS, "seed")
-    kept = {tuple(str(r.get(k)) for k in identity): {k: v for k, v in r.items() if k != "students"} for r in old + rows}
+    kept = {tuple(str(row.get(k)) for k in identity): row for row in old + rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda f: f.write("".join(json.dumps(r) + "\n" for r in kept.values()).encode()))
+    write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in kept.values()).encode()))
     return path
 
 
-def write_readme(path: Path) -> None:
-    """Refill each block <!-- results NAME --> ... <!-- end --> from tests/results/NAME.jsonl."""
+def fill_tables(text: str) -> str:
+    """A README whose blocks <!-- results NAME --> ... <!-- end --> are filled from tests/results/NAME.jsonl."""
     def fill(match: re.Match) -> str:
-        results = path.resolve().parent / "tests" / "results" / f"{match[1]}.jsonl"
-        body = table(result_rows(results)) if results.is_file() else "Not measured yet."
-        return f"<!-- results {match[1]} -->\n{body}\n<!-- end -->"
-
-    text = path.read_text()
-    write_atomic(path, lambda f: f.write(re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", fill, text, flags=re.S).encode()))
+        path = Path(__file__).resolve().parent / "tests" / "results" / f"{match[1]}.jsonl"
+        return f"<!-- results {match[1]} -->\n{table(result_rows(path)) if path.is_file() else 'Not measured yet.'}\n<!-- end -->"
+    return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 def summarize(runs_dir: Any) -> str:
-    """Markdown table of all finished runs below a folder: last epoch and best on test, mean +- std over seeds."""
+    """Markdown table of all finished runs below a folder: last epoch, best on test, mean ± std over seeds, published."""
     rows = result_rows(Path(runs_dir))
     return table(rows) if rows else f"no finished run below {runs_dir}"
 
@@ -1712,170 +1563,144 @@ def summarize(runs_dir: Any) -> str:
 SHARED_ALIASES = {"data_root": "data_dir", "gpu": ("device", "cuda:{}"), "log_tag": "run_name", "evaluate_only": "evaluate",
                   "fewshot_n_per_class": "shots"}
 AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every")
-FREE_ON_RESUME = ("resume", "device", "data_dir", "time_limit", "log_every", "save_every")
+FREE_ON_RESUME = ("device", "data_dir", "time_limit", "log_every", "save_every")
 
 
-def flag_type(hint: Any) -> Callable[[str], Any]:
-    """Text -> value of a field's type; raises ValueError with what was expected."""
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-        return text.lower() in ("true", "1")
+def convert(name: str, hint: Any, default: Any, text: str) -> Any:
+    """The text of a flag as a value of its field: typed, in our spelling, possible; otherwise one line."""
+    kind, options = typing.get_origin(hint), {str(o): o for o in typing.get_args(hint)}
+    try:
+        value = ({"true": True, "1": True, "false": False, "0": False}[text.lower()] if hint is bool else
+                 options[text] if kind is Literal else
+                 tuple(typing.get_args(hint)[0](part) for part in text.replace(",", " ").split()) if kind is tuple else hint(text))
+    except (KeyError, ValueError):
+        wanted = "true or false" if hint is bool else ", ".join(options) if kind is Literal else getattr(hint, "__name__", hint)
+        fail(f"--{name} {text}: expected {wanted}{nearest(text, options) if kind is Literal else ''}")
+    for v in value if kind is tuple else (value,):
+        least = 1 if name in AT_LEAST_ONE and default != 0 else 0
+        if hint is not bool and isinstance(v, (int, float)) and not (math.isfinite(v) and v >= least):
+            fail(f"--{name} {v}: must be {least} or more")
+        if name == "seed" and v >= 2 ** 63:
+            fail(f"--seed {v}: must be below 2 ** 63")
+    if name in ("teacher", "student", "arch"):
+        value = ",".join(canonical(n) for n in text.split(",") if n)
+        for n in filter(None, value.split(",")):
+            if ".py:" not in n and n not in MODELS:
+                fail(f"--{name} {n}: unknown network{nearest(n, MODELS)}; known: {', '.join(MODELS)}, or file.py:callable")
+    if name == "dataset":
+        key = {"tinyimagenet": "tiny_imagenet"}.get(text.lower(), text.lower().replace("-", "_"))
+        value = key if key in DATASETS else text
+    if name == "norm" and text != "auto":
+        norm_constants(text)
+    return value
 
-    def choice(text: str) -> Any:
-        options = {str(o): o for o in typing.get_args(hint)}
-        if text not in options:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}{nearest(text, options)}")
-        return options[text]
 
-    def numbers(text: str) -> list:
-        return [typing.get_args(hint)[0](part) for part in text.replace(",", " ").split()]
-
-    origin = typing.get_origin(hint)
-    return boolean if hint is bool else choice if origin is Literal else numbers if origin is tuple else hint
-
-
-def given_flags(cls: type, aliases: dict, presets: dict, argv: list[str]) -> dict:
-    """The flags of a command line as {field: value}, dashes and aliases resolved; anything odd ends with one line."""
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+def given_flags(cls: type, aliases: dict, argv: list[str]) -> dict:
+    """{field: value} of a command line: dashes, --no-, aliases and types resolved; anything odd ends with one line."""
+    hints, words, given = typing.get_type_hints(cls), list(argv), {}
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
     aliases = {**{k: v for k, v in SHARED_ALIASES.items() if (v if isinstance(v, str) else v[0]) in fields}, **aliases}
-    words, rest = [], list(argv)
-    while rest:  # spellings first: --learning-rate=1 -> --learning_rate 1, aliases -> our flags
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
+
+    def value(name: str) -> str:
+        if not words or words[0].startswith("--"):
+            fail(f"--{name} needs a value; --help lists the flags")
+        return words.pop(0)
+
+    while words:
+        word, equals, text = words.pop(0).partition("=")
         if equals:
-            rest.insert(0, value)
-        alias = aliases.get(name, name)
-        if isinstance(alias, dict):  # value -> (flag, value), None: accepted and dropped; other values stay with the flag
-            value = rest.pop(0) if rest else ""
-            if value not in alias and name not in fields:
-                fail(f"--{name} {value}: not one of {', '.join(alias)}")
-            alias = alias.get(value, (name, value))
-            words += [] if alias is None else [f"--{alias[0]}", str(alias[1])]
-        elif isinstance(alias, tuple):  # a flag of its own, or one whose value is put in at {}
-            words += [f"--{alias[0]}", str(alias[1]).format(rest.pop(0) if rest else "") if "{}" in str(alias[1]) else str(alias[1])]
-        else:
-            words.append(f"--{alias}")
-    source = inspect.getsource(cls)
-    doc = (sys.modules[cls.__module__].__doc__ if cls.__module__ != __name__ else cls.__doc__) or ""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"presets: {', '.join(presets)}" if presets else None)
-    parser.error = lambda message: fail(re.sub(r"^argument ", "", message))
-    for name, f in fields.items():
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        comment = re.search(rf"^    {name}: [^#\n]*#\s*(.+)$", source, re.M)
-        text = f"{comment[1] if comment else ''} [{default if default != '' else 'none'}]".replace("%", "%%")
-        kind = flag_type(hints[name])
-        if hints[name] is bool:
-            parser.add_argument(f"--{name}", nargs="?", const=True, type=kind, help=text, metavar="BOOL")
-            parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-        elif typing.get_origin(hints[name]) is tuple:
-            parser.add_argument(f"--{name}", nargs="+", type=kind, help=text, metavar="N")
-        else:
-            options = typing.get_args(hints[name])
-            parser.add_argument(f"--{name}", type=kind, help=text, metavar=f"{{{','.join(map(str, options))}}}" if options else
-                                getattr(hints[name], "__name__", "value").upper())
-    known, odd = parser.parse_known_args(words)
-    if odd:
-        names = [*fields, *aliases, *(f"no_{n}" for n in fields if hints[n] is bool)]
-        fail(f"unknown flag {odd[0]}{nearest(odd[0].lstrip('-'), names, '--')}; --help lists them")
-    return {k: tuple(v for part in value for v in part) if isinstance(value, list) else value for k, value in vars(known).items()}
-
-
-def check_values(args: Any) -> None:
-    """Impossible values end with one line."""
-    for f in dataclasses.fields(args):
-        value = getattr(args, f.name)
-        for v in value if isinstance(value, tuple) else (value,):
-            if isinstance(v, bool) or not isinstance(v, (int, float)):
+            words.insert(0, text)
+        name = word[2:].replace("-", "_")
+        alias, text = aliases.get(name, name) if word.startswith("--") else "", None
+        if isinstance(alias, dict):  # value -> (flag, value), or None: accepted and dropped; an own flag keeps other values
+            text = value(name)
+            if text not in alias and name not in fields:
+                fail(f"--{name} {text}: not one of {', '.join(alias)}{nearest(text, alias)}")
+            if alias.get(text, 0) is None:
                 continue
-            least = 1 if f.name in AT_LEAST_ONE and f.default != 0 else 0
-            if not math.isfinite(v) or (v < least and not (isinstance(f.default, (int, float)) and f.default < 0)):
-                fail(f"--{f.name} {v}: must be {least} or more")
-    for name in ("teacher", "student", "arch"):
-        if value := getattr(args, name, ""):
-            names = [canonical(n) for n in value.split(",")] if name == "student" else [canonical(value)]
-            for n in names:
-                if ".py:" not in n and n not in MODELS:
-                    fail(f"--{name} {n}: unknown network{nearest(n, MODELS)}; known: {', '.join(MODELS)}, or file.py:callable")
-            setattr(args, name, ",".join(names))
-    if getattr(args, "norm", "auto") != "auto":
-        norm_constants(args.norm)
+            alias, text = alias.get(text, (name, text))
+        elif isinstance(alias, tuple):  # a flag of its own, or one whose value goes into {}
+            alias, text = alias[0], alias[1].format(value(name)) if "{}" in str(alias[1]) else alias[1]
+        if alias.startswith("no_") and hints.get(alias[3:]) is bool:
+            alias, text = alias[3:], "false"
+        if alias not in fields:
+            fail(f"unknown flag {word}{nearest(name, [*fields, *aliases], '--')}; --help lists the flags")
+        if text is None and hints[alias] is bool:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        elif text is None:
+            text = value(alias)
+            while typing.get_origin(hints[alias]) is tuple and words and not words[0].startswith("--"):
+                text += " " + words.pop(0)
+        given[alias] = convert(alias, hints[alias], fields[alias], str(text))
+    return given
 
 
-def dataset_name(text: str) -> str:
-    key = text.lower().replace("-", "_")
-    key = {"tinyimagenet": "tiny_imagenet", "tiny_imagenet_200": "tiny_imagenet"}.get(key, key)
-    return key if key in DATASETS else text
+def print_help(cls: type, presets: dict) -> NoReturn:
+    """The docstring, then a line for each flag: type, the comment behind the field, default."""
+    source, hints = inspect.getsource(cls), typing.get_type_hints(cls)
+    print((cls.__doc__ if cls.__module__ == __name__ else sys.modules[cls.__module__].__doc__) or "", "\n\nflags")
+    for f in dataclasses.fields(cls):
+        comment = re.search(rf"^    {f.name}: [^#\n]*#\s*(.+)$", source, re.M)
+        kind = "|".join(map(str, typing.get_args(hints[f.name]))) if typing.get_origin(hints[f.name]) is Literal else \
+            getattr(hints[f.name], "__name__", "")
+        print(f"  --{f.name + ' ' + kind:<28} {comment[1] if comment else ''}" + (f" [{f.default}]" if f.default != "" else ""))
+    print(f"\npresets: {', '.join([*presets, 'none'])}" if presets else "")
+    raise SystemExit(0)
+
+
+def preset_values(presets: dict, given: dict, defaults: dict) -> dict:
+    """The values of a preset: "*", then the row of (dataset, teacher, student), then those of --smoke."""
+    name = given.get("preset", defaults.get("preset", "none"))
+    if name not in (*presets, "auto", "none"):
+        fail(f"--preset {name}: unknown{nearest(name, presets)}; known: {', '.join([*presets, 'none'])}")
+    chosen, smoke = presets.get(name, {}), presets.get("smoke", {}).get("*", {}) if given.get("smoke") else {}
+    if given.get("teacher_ckpt") and "teacher" not in given:  # the file decides which row applies
+        given["teacher"] = load_teacher(given["teacher_ckpt"])[1]["arch"]
+    look = {**defaults, **chosen.get("*", {}), **smoke, **given}
+    pairs = [(look.get("dataset"), t, look.get("student")) for t in (look.get("teacher", ""), look.get("teacher", "").removesuffix("_a"))]
+    row = next((chosen[pair] for pair in pairs if pair in chosen), {})
+    return {**chosen.get("*", {}), **row, **smoke, **({"smoke": True} if name == "smoke" else {})}
 
 
 def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None, argv: Optional[list] = None) -> Any:
-    """An instance of the dataclass: its defaults < preset ("*" < the row of the pair) < --smoke < explicit flags.
+    """An instance of the dataclass: its defaults < preset < --smoke < explicit flags (kept in args.given).
 
     With --resume everything comes from the run's config.json; with --evaluate RUN the run's settings replace the preset.
     """
-    presets = presets or {}
-    given = given_flags(cls, aliases or {}, presets, sys.argv[1:] if argv is None else argv)
+    argv, presets = sys.argv[1:] if argv is None else argv, presets or {}
+    if {"-h", "--help"} & set(argv):
+        print_help(cls, presets)
+    given = given_flags(cls, aliases or {}, argv)
     method = getattr(cls, "METHOD", Path(inspect.getfile(cls)).stem)
-    values = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(cls)}
-    for name in ("teacher", "arch"):
-        given.update({name: canonical(given[name])} if name in given else {})
-    if "student" in given:
-        given["student"] = ",".join(canonical(n) for n in given["student"].split(","))
-    if "dataset" in given:
-        given["dataset"] = dataset_name(given["dataset"])
+    values = {f.name: f.default for f in dataclasses.fields(cls)}
+    source = Path(given.get("resume") or given.get("evaluate") or ".")
+    folder = source.parent if source.name == "ckpt_last.pt" or given.get("evaluate") and not source.is_dir() else source
+    config = read_json(folder / "config.json") if given.get("resume") or given.get("evaluate") else {}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config.get("args", {}).items() if k in values}
     if given.get("resume"):
-        folder = Path(given["resume"])
-        folder = given["resume"] = folder.parent if folder.name == "ckpt_last.pt" else folder
-        config = read_json(folder / "config.json")
-        if not config:
-            fail(f"--resume {folder}: no run folder (it has no readable config.json)")
+        if not {"method", "args", "given", "derived"} <= config.keys() and config.get("method", method) == method:
+            fail(f"--resume {folder}: no run folder (it has no readable config.json); give the folder that a run printed")
         if config.get("method") != method:
-            fail(f"--resume {folder}: that is a run of {config.get('method')}, not of {method}")
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
+            fail(f"--resume {folder}: that is a run of {config.get('method')}, not of {method}; resume it with its own script")
         for name, value in given.items():
-            if name not in FREE_ON_RESUME and saved.get(name) != value:
+            if name not in ("resume", *FREE_ON_RESUME) and saved.get(name) != value:
                 fail(f"--{name} {value} differs from the run's {saved.get(name)}; a resumed run keeps its settings (only "
-                     f"{', '.join('--' + n for n in FREE_ON_RESUME[1:])} may change)")
-        args = cls(**{**values, **{k: v for k, v in saved.items() if k in values}, **given, "resume": str(folder)})
-        args.given = tuple(config["given"])
-        check_values(args)
-        return args
-    found = Path(given["evaluate"]) if given.get("evaluate") else None
-    config = read_json((found if found.is_dir() else found.parent) / "config.json") if found else {}
-    if config:
-        values.update({k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()
-                       if k in values and k not in ("device", "evaluate", "resume")})
-        if "teacher_ckpt" in values and Path(config["derived"].get("teacher_path", "")).is_file():
-            values["teacher_ckpt"] = config["derived"]["teacher_path"]
+                     f"{', '.join('--' + n for n in FREE_ON_RESUME)} may change)")
+        values.update(saved)
+        given["resume"] = str(folder)
+    elif config:
+        values.update({k: v for k, v in saved.items() if k not in ("device", "evaluate", "resume")})
+        teacher = config["derived"].get("teacher", {}).get("path", "")
+        values.update({"teacher_ckpt": teacher} if "teacher_ckpt" in values and Path(teacher).is_file() else {})
     else:
-        name = given.get("preset", values.get("preset", "none"))
-        if name not in (*presets, "auto", "none"):
-            fail(f"--preset {name}: unknown{nearest(name, presets)}; known: {', '.join([*presets, 'none'])}")
-        smoke = presets.get("smoke", {}).get("*", {}) if given.get("smoke") else {}
-        chosen = presets.get(name, {})
-        look = {**values, **chosen.get("*", {}), **smoke, **given}
-        if given.get("teacher_ckpt") and "teacher" not in given:  # the file decides which row of the preset applies
-            given["teacher"] = look["teacher"] = load_teacher(given["teacher_ckpt"])[1]["arch"]
-        teacher = look.get("teacher", "")
-        keys = [(look.get("dataset"), t, look.get("student")) for t in (teacher, teacher.removesuffix("_a"))]
-        row = next((chosen[k] for k in keys if k in chosen), {})
-        values.update({**chosen.get("*", {}), **row, **smoke})
-        if name == "smoke":
-            values["smoke"] = True
+        values.update(preset_values(presets, given, values))
     args = cls(**{**values, **given})
-    args.given = tuple(sorted(given))
-    check_values(args)
+    args.given = tuple(config["given"]) if given.get("resume") else tuple(sorted(given))
     return args
 
 
-def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None,
-        argv: Optional[list] = None) -> None:
+def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None, argv: Optional[list] = None
+        ) -> None:
     """Parse, run, and turn what a user can mend into one line: exit 0 done, 1 not finite, 2 bad input, 130 Ctrl-C."""
     try:
         main(parse_args(cls, presets, aliases, argv))
@@ -1885,30 +1710,30 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
     except torch.OutOfMemoryError as e:
         fail(f"out of GPU memory ({str(e).split('.')[0]}); try --amp bf16 or a smaller batch")
     except OSError as e:
-        hint = ("the disk is full: free some space and go on with --resume; the last checkpoint is whole" if e.errno == errno.ENOSPC
-                else "check the path and its permissions")
-        fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; {hint}")
+        full = "the disk is full: free some space, then go on with --resume; the last checkpoint is whole"
+        fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; " +
+             (full if e.errno == errno.ENOSPC else "check the path and its permissions"))
 
 
 def evaluate_file(args: Any) -> dict:
     """Every metric of args.evaluate (a run folder, a student or a teacher); Agree@1 and L_p where the teacher is at hand."""
-    path = Path(args.evaluate)
+    path, device = Path(args.evaluate), pick_device(args.device)
     path = path / "student.pt" if path.is_dir() else path
-    device = pick_device(args.device)
+    if not path.is_file():
+        fail(f"{path}: no readable checkpoint; check the path")
     data = load_data(args.dataset, args.data_dir, device, data_url=args.data_url, limit_test=args.limit_test)
-    net, info = load_teacher(path, getattr(args, "arch", "") or None, data.num_classes)
+    own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
+    net, info = load_teacher(path, getattr(args, "arch", "") or own, data.num_classes)
     if args.teacher and teacher_file(args, data)[0].is_file():
         get_teacher(args, data)
-    norm = args.norm if "norm" in args.given else info["norm"] or (args.norm if args.norm != "auto" else data.norm)
-    data.norm, (data.mean, data.std) = norm, norm_constants(norm)
-    net.to(device, memory_format=torch.channels_last)
-    logits = predict(net, data)
+    data.set_norm(args.norm if "norm" in args.given else info["norm"] or (args.norm if args.norm != "auto" else data.norm))
+    logits = predict(net.to(device, memory_format=torch.channels_last), data)
     params, macs = count_params_macs(net, data.image_size)
     row = {**accuracy(logits, data.test_y), **(agreement(logits, data.t_logits) if data.t_logits is not None else {})}
-    print(f"{path}: {info['arch']}, {params:,} parameters, {macs / 1e6:.1f} M MACs, norm {norm}, {len(logits)} test images")
-    print("  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-    return {"method": "eval", "dataset": args.dataset, "student": info["arch"], "last": row["top1"], "best": None, **row,
-            "n_test": len(logits), "params": params, "macs": macs, "norm": norm, "real_images": 0, "synthetic_images": 0}
+    print(f"{path}: {info['arch']}, {params:,} parameters, {macs / 1e6:.1f} M MACs, norm {data.norm}, {len(logits)} test images\n" +
+          "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    return {"method": "eval", "dataset": args.dataset, "student": info["arch"], "last": row.pop("top1"), **row,
+            "n_test": len(logits), "params": params, "macs": macs, "norm": data.norm}
 
 
 @dataclass
@@ -1920,23 +1745,43 @@ class EvalArgs:
     data_dir: str = "./data"  # where data sets, their cache and teachers are kept
     data_url: str = ""  # own mirror of the archive, tried first
     limit_test: int = 0  # class-balanced part of the test images; 0 = all
-    arch: str = ""  # network of the file; none = read off its shapes
+    arch: str = ""  # network of the file; read off its shapes if not given
     norm: str = "auto"  # name in NORMS or six numbers; auto = the file's, else the data set's
     teacher: str = ""  # also print Agree@1 and L_p against this teacher; a run folder brings its own
-    teacher_ckpt: str = ""  # its checkpoint
+    teacher_ckpt: str = ""  # the teacher's checkpoint
     allow_weak_teacher: bool = False  # go on with a teacher near chance
     device: str = "auto"  # auto, cuda, cuda:N or cpu
-    keep: str = ""  # append the row to tests/results/NAME.jsonl
+    keep: str = ""  # put the row into tests/results/NAME.jsonl
+
+
+def eval_command(args: EvalArgs) -> None:
+    if not args.evaluate:
+        fail("name a run folder or a checkpoint: python common.py eval PATH")
+    row = evaluate_file(args)
+    if args.keep:
+        keep([row], args.keep)
 
 
 @dataclass
 class DataArgs:
     """Fetch, check and cache a data set, and draw some of its images."""
     METHOD: ClassVar[str] = "data"
-    dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
+    dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own (the flag's name may be left out)
     data_dir: str = "./data"  # where data sets and their cache are kept
     data_url: str = ""  # own mirror of the archive, tried first
-    grid: str = ""  # PNG to draw, ten test images of each class (at most 20 classes)
+    grid: str = ""  # PNG to draw, ten test images of each of the first twenty classes
+
+
+def data_command(args: DataArgs) -> None:
+    if args.grid and Path(args.grid).suffix.lower() != ".png":
+        fail(f"--grid {args.grid}: give a name that ends in .png")
+    data = load_data(args.dataset, args.data_dir, data_url=args.data_url)
+    print(f"{data.name}: {len(data.train_x)} train and {len(data.test_x)} test images of {data.image_size}x{data.image_size}, "
+          f"{data.num_classes} classes ({', '.join(data.classes[:10])}{', ...' if data.num_classes > 10 else ''})")
+    if args.grid:
+        rows = min(20, data.num_classes)
+        index = torch.cat([torch.nonzero(data.test_y == c)[:10, 0] for c in range(rows)])
+        image_grid(data.test_x[index], rows, Path(args.grid))
 
 
 @dataclass
@@ -1948,42 +1793,27 @@ class SummarizeArgs:
     readme: str = ""  # refill the result blocks of this README.md from tests/results
 
 
-def eval_command(args: EvalArgs) -> None:
-    if not args.evaluate:
-        fail("name a run folder or a checkpoint: python common.py eval PATH")
-    row = evaluate_file(args)
-    if args.keep:
-        keep([row], args.keep)
-
-
-def data_command(args: DataArgs) -> None:
-    data = load_data(args.dataset, args.data_dir, data_url=args.data_url)
-    print(f"{data.name}: {len(data.train_x)} train and {len(data.test_x)} test images of {data.image_size}x{data.image_size}, "
-          f"{data.num_classes} classes ({', '.join(map(str, data.classes[:10]))}{', ...' if data.num_classes > 10 else ''})")
-    if args.grid:
-        index = torch.cat([torch.nonzero(data.test_y == c)[:10, 0] for c in range(min(20, data.num_classes))])
-        image_grid(data.test_x[index], min(20, data.num_classes), Path(args.grid))
-
-
 def summarize_command(args: SummarizeArgs) -> None:
-    if Path(args.runs).exists():
-        print(summarize(args.runs))
-    if args.keep and (rows := result_rows(Path(args.runs))):
-        print(f"kept in {keep(rows, args.keep)}")
     if args.readme:
-        write_readme(Path(args.readme))
+        text = Path(args.readme).read_text()
+        return write_atomic(Path(args.readme), lambda f: f.write(fill_tables(text).encode()))
+    if not Path(args.runs).exists():
+        fail(f"{args.runs}: no such folder; give the one that holds the run folders")
+    print(summarize(args.runs))
+    if args.keep:
+        print(f"kept in {keep(result_rows(Path(args.runs)), args.keep)}")
 
 
 COMMANDS = {"train": (train_teacher, TrainArgs), "eval": (eval_command, EvalArgs), "data": (data_command, DataArgs),
             "summarize": (summarize_command, SummarizeArgs)}
 
 if __name__ == "__main__":
-    name, *words = sys.argv[1:] or ["--help"]
-    if name not in COMMANDS:
-        if name in ("-h", "--help"):
-            print(__doc__ + "\n  python common.py train|eval|data|summarize --help     # all flags of a command")
-            raise SystemExit(0)
-        fail(f"unknown command {name!r}{nearest(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}")
-    if words and not words[0].startswith("-"):  # the first flag's name may be left out
-        words.insert(0, f"--{dataclasses.fields(COMMANDS[name][1])[0].name}")
-    cli(*COMMANDS[name], argv=words)
+    command, *flags = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0)
+    if command not in COMMANDS:
+        fail(f"unknown command {command}{nearest(command, COMMANDS)}; choose one of {', '.join(COMMANDS)}")
+    if flags and not flags[0].startswith("-"):
+        flags.insert(0, f"--{dataclasses.fields(COMMANDS[command][1])[0].name}")
+    cli(*COMMANDS[command], argv=flags)

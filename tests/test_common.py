@@ -1,8 +1,6 @@
 """Tests of common.py. Golden tests (test_golden_*) read GOLDEN_DIR; real files are used where DATA_DIR / TEACHER_DIR point."""
 import argparse
 import copy
-import hashlib
-import io
 import json
 import math
 import os
@@ -13,10 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -26,10 +21,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
+import kill
+import toy
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import common  # noqa: E402
-import toy  # noqa: E402
 
 REAL, TEACHERS = os.environ.get("DATA_DIR"), os.environ.get("TEACHER_DIR")
 needs_data = pytest.mark.skipif(not REAL, reason="DATA_DIR (folder with the unpacked CIFAR sets) is not set")
@@ -158,8 +154,9 @@ def test_golden_crop(size):
     dy, dx, flip = (torch.from_numpy(GOLDEN[f"crop/{size}/{k}"]) for k in ("dy", "dx", "flip"))
     assert torch.equal(common.crop_flip(x, dy, dx, flip, CONFIG["crop"]["padding"]), out)
     if CONFIG["crop"]["padding"] == common.PADDING:
-        windows = fake_data(x.numpy())._windows[torch.arange(len(x)), :, dy, dx]
-        assert torch.equal(torch.where(flip[:, None, None, None], windows.flip(-1), windows), out)
+        data = fake_data(x.numpy())
+        mirrored = torch.where(flip, 2 * common.PADDING - dx, dx)
+        assert torch.equal(data._windows[flip.long(), torch.arange(len(x)), dy, mirrored].permute(0, 3, 1, 2), out)
 
 
 @pytest.mark.parametrize("case", CONFIG["eval"])
@@ -224,3 +221,615 @@ def test_golden_real(name):
 def test_golden_every_key_is_read():
     unread = [k for k in GOLDEN if not any(re.fullmatch(pattern, k) for pattern in READ)]
     assert not unread
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+def test_features_and_sizes():
+    for name, size, want in (("resnet20", 32, [(16, 32), (16, 32), (32, 16), (64, 8), 64]),
+                             ("resnet8x4", 64, [(32, 64), (64, 64), (128, 32), (256, 16), 256]),
+                             ("resnet34_imagenet", 64, [(64, 16), (64, 16), (128, 8), (256, 4), (512, 2), 512]),
+                             ("wrn16_2", 64, [(16, 64), (32, 64), (64, 32), (128, 16), 128]),
+                             ("vgg8", 64, [(64, 64), (128, 32), (256, 16), (512, 8), (512, 4), 512]),
+                             ("netgraft_vgg16_student", 32, [(64, 16), (128, 8), (256, 4), (256, 2), (256, 1), 256])):
+        net = common.build_model(name, 7, size).eval()
+        logits, feats = net(torch.rand(2, 3, size, size), return_features=True)
+        assert logits.shape == (2, 7)
+        assert [f.shape[1] if f.ndim == 2 else tuple(f.shape[1:3]) for f in feats] == want, name
+        head = next(m for m in net.modules() if isinstance(m, nn.Linear))
+        assert head.in_features == feats[-1].shape[1]
+    wrn = common.build_model("wrn16_1", 10).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(wrn(x, return_features=True)[1][0], wrn.conv1(x))  # the raw stem output
+
+
+def test_names_and_aliases():
+    for spelling, name in (("WRN-40-2", "wrn40_2"), ("wrn_16_1", "wrn16_1"), ("ResNet34_8x", "resnet34"), ("cifar_resnet50", "resnet50"),
+                           ("vgg11_bn", "vgg11"), ("vgg16-half", "vgg16_half"), ("VGG16-graft", "netgraft_vgg16_student"),
+                           ("ResNet18_8x_Small", "resnet18_small")):
+        assert common.canonical(spelling) == name and name in common.MODELS
+    assert len(common.MODELS) == len(set(common.MODELS)) >= 35
+
+
+def test_folded_network_adds_its_bias_by_position(tmp_path):
+    net = common.build_model("netgraft_vgg16_folded", 10)
+    params, macs = common.count_params_macs(net, 32)
+    assert params == 5279306 and round(macs / 1e6, 2) == 225.91
+    net.features[4][0].bias_map.normal_()
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    loaded, info = common.load_teacher(tmp_path / "a.pt")
+    x = torch.rand(2, 3, 32, 32)
+    assert info["arch"] == "netgraft_vgg16_folded" and torch.equal(loaded(x), net.eval()(x))
+    conv, h = net.features[4][0], torch.rand(1, 256, 2, 2)
+    assert torch.allclose(conv(h), F.conv2d(h, conv.weight, padding=1) + conv.bias_map)
+    plain = {k: v for k, v in net.state_dict().items() if "bias_map" not in k}
+    torch.save({**plain, "features.4.0.bias": torch.zeros(256)}, tmp_path / "b.pt")  # bias-free 1x1 convs fold into a plain conv
+    assert common.load_teacher(tmp_path / "b.pt")[1]["arch"] == "netgraft_vgg16_folded"
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    net = common.build_model("resnet20", 10)
+    w = net.layer3[2].conv2.weight
+    assert abs(w.std().item() / math.sqrt(2 / (64 * 9)) - 1) < 0.03 and (net.bn1.weight == 1).all()
+    assert net.linear.weight.abs().max() <= 1 / 8 and net.linear.bias.abs().max() > 0  # framework default
+    akamaster = common.build_model("resnet20_a", 10)
+    assert abs(akamaster.linear.weight.std().item() / math.sqrt(2 / 64) - 1) < 0.15
+    assert abs(akamaster.layer1[0].conv1.weight.std().item() / math.sqrt(2 / (16 * 9)) - 1) < 0.1
+    vgg = common.build_model("vgg8", 10)
+    assert abs(vgg.classifier.weight.std().item() / 0.01 - 1) < 0.1 and not vgg.block0[0].bias.any() and not vgg.classifier.bias.any()
+    assert not common.build_model("wrn16_1", 10).fc.bias.any()
+    torch.manual_seed(1)
+    default = common.build_model("resnet18", 10, init="default")
+    assert default.conv1.weight.abs().max() <= 1 / math.sqrt(27) + 1e-6  # uniform, not normal
+
+
+def test_own_network(tmp_path):
+    (tmp_path / "mynet.py").write_text(
+        "import torch.nn as nn\n"
+        "def small(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(8, num_classes))\n")
+    spec = f"{tmp_path}/mynet.py:small"
+    net = common.build_model(spec, 5).eval()
+    logits, feats = net(torch.rand(2, 3, 32, 32), return_features=True)
+    assert logits.shape == (2, 5) and [f.shape for f in feats] == [(2, 8)]
+    assert torch.equal(F.linear(feats[0], net[-1].weight, net[-1].bias), logits)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert not torch.equal(twin(torch.rand(2, 3, 32, 32)), net(torch.rand(2, 3, 32, 32)))
+    assert list(net.state_dict())[0] == "0.weight"  # no wrapper prefix
+    torch.save({"state_dict": net.state_dict(), "arch": spec}, tmp_path / "own.pt")
+    assert common.load_teacher(tmp_path / "own.pt", spec)[1]["arch"] == spec
+    with pytest.raises(SystemExit):  # no code is run on the word of a file
+        common.load_teacher(tmp_path / "own.pt")
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+LAYOUTS = {
+    "bare": lambda sd: sd, "state_dict": lambda sd: {"state_dict": sd, "epoch": 3, "best_acc1": 91.5},
+    "module": lambda sd: {"state_dict": {f"module.{k}": v for k, v in sd.items()}},
+    "module.student": lambda sd: {"model": {f"module.student.{k}": v for k, v in sd.items()}},
+    "student beside teacher": lambda sd: {"model": {**{f"student.{k}": v for k, v in sd.items()},
+                                                    **{f"teacher.{k}": v * 0 for k, v in sd.items()}}},
+    "compiled": lambda sd: {"net": {f"_orig_mod.{k}": v for k, v in sd.items()}},
+    "model_state_dict": lambda sd: {"model_state_dict": sd, "accuracy": 0.915},
+    "ema only": lambda sd: {"state_dict_ema": sd},
+    "timm": lambda sd: {"state_dict": sd, "args": argparse.Namespace(model="x", lr=0.1), "metric": np.float64(72.94), "arch": "wrong"},
+    "half": lambda sd: {k: v.half() if v.is_floating_point() else v for k, v in sd.items()},
+    "old": lambda sd: {"state_dict": {k: v for k, v in sd.items() if "num_batches" not in k}, "best_prec1": torch.tensor(91.5)}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("arch", ("resnet8", "wrn16_1", "vgg8"))
+def test_layouts(arch, layout, tmp_path):
+    torch.manual_seed(0)
+    net = common.build_model(arch, 11).eval()
+    torch.save(LAYOUTS[layout](net.state_dict()), tmp_path / "t.pth", _use_new_zipfile_serialization=layout != "old")
+    state = torch.get_rng_state()
+    loaded, info = common.load_teacher(tmp_path / "t.pth")
+    assert torch.equal(state, torch.get_rng_state())  # loading moves no random stream
+    assert (info["arch"], info["num_classes"]) == (arch, 11) and not loaded.training
+    x = torch.rand(2, 3, 32, 32)
+    close(loaded(x), net(x).detach(), 5e-3 if layout == "half" else 1e-7)
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert info["acc1"] == pytest.approx({"state_dict": 91.5, "model_state_dict": 91.5, "timm": 72.94, "old": 91.5}.get(layout), abs=1e-4)
+
+
+@pytest.mark.parametrize("home", ("numpy.core.multiarray", "numpy._core.multiarray"))
+def test_numpy_scalars_of_both_generations(home, tmp_path):
+    module = sys.modules["numpy._core.multiarray"] if "numpy._core.multiarray" in sys.modules else sys.modules["numpy.core.multiarray"]
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            if obj is module.scalar:
+                self.write(pickle.GLOBAL + f"{home}\nscalar\n".encode())
+                self.memoize(obj)
+            else:
+                super().save_global(obj, name)
+
+    fake = type("pickle_module", (), {"Pickler": Pickler, "__name__": "pickle", "dump": staticmethod(
+        lambda obj, f, protocol=2: Pickler(f, protocol).dump(obj))})
+    net = common.build_model("resnet8", 10)
+    torch.save({"state_dict": net.state_dict(), "best_acc1": np.float32(88.5)}, tmp_path / "t.pth", pickle_module=fake,
+               _use_new_zipfile_serialization=False)
+    assert home.encode() in (tmp_path / "t.pth").read_bytes()
+    assert common.load_teacher(tmp_path / "t.pth")[1]["acc1"] == 88.5
+
+
+def test_norm_of_a_layout(tmp_path):
+    def norm(arch, classes, **meta):
+        torch.save({"state_dict": common.build_model(arch, classes).state_dict(), **meta}, tmp_path / "t.pth")
+        return common.load_teacher(tmp_path / "t.pth")[1]["norm"]
+
+    assert norm("resnet20_a", 10) == "imagenet" and norm("resnet20", 10) is None
+    assert norm("resnet20", 100, metric=72.9) == "cifar100_gda" and norm("resnet20", 100) is None
+    assert norm("resnet20", 100, norm="cifar100", metric=1.0) == "cifar100"
+
+
+def test_resnet_with_either_shortcut_answers_to_its_name(tmp_path):
+    torch.save(common.build_model("resnet20_a", 10).state_dict(), tmp_path / "t.th")
+    assert common.load_teacher(tmp_path / "t.th", "resnet20")[1]["arch"] == "resnet20_a"
+
+
+def test_lr_warm_up():
+    recipe = {"kind": "cosine", "lr": 0.2, "T_max": 240, "eta_min": 2e-3, "warmup": 10, "warmup_lr": 1e-4}
+    assert common.lr_at(recipe, 0) == 1e-4 and common.lr_at(recipe, 5) == pytest.approx(1e-4 + 0.5 * (0.2 - 1e-4))
+    assert common.lr_at(recipe, 10) == pytest.approx(2e-3 + 0.5 * 0.198 * (1 + math.cos(math.pi * 10 / 240)))
+    fast = {"kind": "fast", "lr": 0.4, "epochs": 10}
+    assert [common.lr_at(fast, e) for e in (0, 1, 2, 6, 10)] == pytest.approx([0.08, 0.24, 0.4, 0.2, 0])
+    assert common.lr_at({"kind": "constant", "lr": 0.3}, 99) == 0.3
+
+
+def test_upsample():
+    x = torch.rand(2, 3, 32, 32)
+    assert common.upsample(x, 32) is x and common.upsample(x, 224).shape[-1] == 224
+    assert torch.equal(common.upsample(x, 63)[:, :, ::2, ::2], x)  # corners aligned
+
+
+@needs_data
+@needs_teachers
+@pytest.mark.slow
+@pytest.mark.parametrize("file, top1, arch", (("resnet20-12fca82f.th", 91.73, "resnet20_a"), ("resnet56-4bfd9763.th", 93.39, "resnet56_a")))
+def test_real_teacher_scores_as_published(file, top1, arch, tmp_path):
+    args = common.parse_args(common.EvalArgs, argv=["--evaluate", f"{TEACHERS}/{file}", "--data_dir", REAL])
+    row = common.evaluate_file(args)
+    assert row["student"] == arch and abs(row["last"] - top1) <= 0.02
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation, seeds
+
+def test_equal_logits_agree_exactly():
+    logits = torch.randn(50, 10) * 20
+    assert common.agreement(logits, logits) == {"agree1": 100.0, "L_p": 1.0, "L_p_sqrt": 1.0}
+    opposite = torch.tensor([[1e4, 0.0], [0.0, 1e4]])
+    assert common.js_distance(opposite, opposite.flip(0)).tolist() == pytest.approx([math.sqrt(math.log(2))] * 2)
+
+
+def test_predict_restores_the_mode_and_takes_any_size():
+    net = common.build_model("resnet8", 4).train()
+    for n in (1, 7, 251):
+        data = fake_data(np.random.RandomState(0).randint(0, 256, (n, 3, 32, 32), np.uint8), classes=4)
+        logits = common.predict(net, data)
+        assert net.training and logits.shape == (n, 4) and not logits.is_inference()
+        net.eval()
+        assert torch.allclose(logits, net(data.normalize(data.test_x)), atol=1e-5)
+        net.train()
+
+
+def test_few_classes_have_a_top5():
+    assert common.accuracy(torch.eye(3), torch.arange(3)) ["top5"] == 100
+
+
+def test_rng_kept():
+    import random
+    common.seed_everything(3)
+    want = (random.random(), np.random.rand(), torch.rand(1))
+    common.seed_everything(3)
+    with common.rng_kept():
+        random.random(), np.random.rand(5), torch.rand(5)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == want
+
+
+# ----------------------------------------------------------------------------------------------------- runs and the command line
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a small own data set of coloured noise (4 classes) and a resnet8 teacher that knows it."""
+    torch.set_num_threads(1)
+    path, rng = tmp_path_factory.mktemp("world"), np.random.RandomState(0)
+    (path / "own").mkdir()
+    tint = np.array([[90, 0, 0], [0, 90, 0], [0, 0, 90], [60, 60, 60]])
+    for split, n in (("train", 80), ("test", 41)):
+        y = np.arange(n) % 4
+        x = np.clip(rng.randint(0, 160, (n, 32, 32, 3)) + tint[y][:, None, None], 0, 255).astype(np.uint8)
+        np.savez(path / "own" / f"{split}.npz", x=x, y=y, classes=["red", "green", "blue", "white"])
+    run_python(path, "common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "6", "--batch_size", "20",
+               "--lr", "0.05", "--run_name", "t")
+    shutil.copy(next((path / "data" / "teachers").glob("own_resnet8-*.pt")), path / "teacher.pt")
+    return path
+
+
+def run_python(cwd, script, *argv, check=True, **more):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def toy_run(world, tmp_path, monkeypatch):
+    """main of the toy method in a folder of its own: toy_run("--epochs", "3") -> (result or exit code, run folder)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "own", tmp_path / "own")
+    base = ["--dataset", "own", "--teacher_ckpt", str(world / "teacher.pt"), "--student", "resnet8", "--batch_size", "16",
+            "--epochs", "4", "--log_every", "1", "--save_every", "1"]
+
+    def go(*argv, base=base):
+        args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES, [*base, *argv])
+        try:
+            return toy.main(args)
+        except SystemExit as e:
+            return e.code
+    return go
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time_s" and not k.startswith(("speed/", "mem/"))} for row in rows]
+
+
+def same_weights(a, b):
+    a, b = (torch.load(Path(f) / "student.pt", weights_only=True) for f in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_run_folder(toy_run):
+    result = toy_run("--run_name", "a", "--seed", "5")
+    folder = Path("runs/a")
+    assert {f.name for f in folder.iterdir()} == {"config.json", "src", "metrics.jsonl", "samples", "ckpt_last.pt", "student.pt",
+                                                   "result.json"}
+    config, stored = json.loads((folder / "config.json").read_text()), json.loads((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert set(stored) >= {"method", "preset", "dataset", "teacher", "student", "shots", "seed", "teacher_top1", "last", "best",
+                           "best_epoch", "top5", "agree1", "L_p", "L_p_sqrt", "n_test", "real_images", "synthetic_images",
+                           "seconds", "peak_mb", "device", "torch", "git", "paper"}
+    assert stored["method"] == "toy" and stored["n_test"] == 41 and stored["real_images"] == 20 and stored["seed"] == 5
+    assert config["args"]["epochs"] == 4 and len(config["derived"]["teacher"]["sha256"]) == 64 and len(config["derived"]["shots"]) == 20
+    assert (folder / "src" / "toy.py").read_text() == (ROOT / "tests" / "toy.py").read_text() and (folder / "src" / "common.py").exists()
+    assert (folder / "samples" / "shots.png").stat().st_size > 1000
+    rows = metrics(folder)
+    assert [r["epoch"] for r in rows if "acc/test_top1" in r] == [0, 1, 2, 3] and "loss/kd" in rows[0]
+    assert rows[-1]["acc/test_top1"] == stored["last"]
+    state = torch.load(folder / "student.pt", weights_only=True)
+    assert list(state) == list(common.build_model("resnet8", 4).state_dict()) and not list(Path("runs").rglob("*.part*"))
+
+
+def test_same_seed_same_metrics_other_seed_other(toy_run):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        toy_run("--run_name", name, "--seed", str(seed))
+    assert metrics("runs/a") == metrics("runs/b") != metrics("runs/c")
+    assert same_weights("runs/a", "runs/b") and not same_weights("runs/a", "runs/c")
+
+
+def test_time_limit_and_resume_are_bit_equal(toy_run):
+    toy_run("--run_name", "a")
+    assert toy_run("--run_name", "b", "--time_limit", "1e-9") == 0
+    assert not Path("runs/b/result.json").exists()
+    for _ in range(2):
+        assert toy_run("--resume", "runs/b", "--time_limit", "1e-9", base=[]) == 0  # one epoch each time
+    assert isinstance(toy_run("--resume", "runs/b/ckpt_last.pt", "--time_limit", "0", base=[]), dict)
+    assert metrics("runs/a") == metrics("runs/b") and same_weights("runs/a", "runs/b")
+    a, b = (json.loads(Path(f"runs/{n}/result.json").read_text()) for n in "ab")
+    assert all(a[k] == b[k] for k in ("last", "best", "best_epoch", "agree1", "L_p"))
+
+
+def test_metrics_after_the_checkpoint_are_cut(toy_run):
+    toy_run("--run_name", "a")
+    toy_run("--run_name", "b", "--time_limit", "1e-9")
+    shutil.copy("runs/b/ckpt_last.pt", "early.pt")
+    toy_run("--resume", "runs/b", "--time_limit", "0", base=[])
+    Path("runs/b/result.json").unlink()
+    shutil.move("early.pt", "runs/b/ckpt_last.pt")  # as if killed in epoch 4 with the last save after epoch 1
+    toy_run("--resume", "runs/b", "--time_limit", "0", base=[])
+    assert metrics("runs/a") == metrics("runs/b") and same_weights("runs/a", "runs/b")
+
+
+def test_ctrl_c_stops_at_the_end_of_the_epoch(toy_run, monkeypatch):
+    toy_run("--run_name", "a")
+    plain, calls = toy.kd_loss, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+
+    monkeypatch.setattr(toy, "kd_loss", interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    assert toy_run("--run_name", "b") == 130 and signal.getsignal(signal.SIGINT) is before
+    assert len(calls) == 4 and not Path("runs/b/result.json").exists()  # two steps an epoch: the second one was finished
+    assert isinstance(toy_run("--resume", "runs/b", base=[]), dict)
+    assert metrics("runs/a") == metrics("runs/b")
+
+
+def test_finished_run_says_so(toy_run, capsys):
+    toy_run("--run_name", "a")
+    assert toy_run("--resume", "runs/a", base=[]) == 0 and "finished" in capsys.readouterr().out
+
+
+def test_resume_before_the_first_checkpoint(toy_run):
+    toy_run("--run_name", "a")
+    toy_run("--run_name", "b")
+    for name in ("result.json", "student.pt", "ckpt_last.pt", "metrics.jsonl"):
+        Path("runs/b", name).unlink()
+    toy_run("--resume", "runs/b", base=[])
+    assert metrics("runs/a") == metrics("runs/b")
+
+
+def test_select_best_test_keeps_those_weights(toy_run, monkeypatch):
+    scores, seen = [10.0, 60.0, 20.0, 30.0], []
+
+    def scored(student, data):
+        seen.append({k: v.clone() for k, v in student.state_dict().items()})
+        return {"top1": scores[len(seen) - 1]}
+
+    monkeypatch.setattr(toy, "evaluate", scored)
+    for name, select in (("a", "best_test"), ("b", "last")):
+        seen.clear()
+        if select == "best_test":  # also across a resume
+            assert toy_run("--run_name", name, "--select", select, "--time_limit", "1e-9") == 0
+            result = toy_run("--resume", f"runs/{name}", "--time_limit", "0", base=[])
+        else:
+            result = toy_run("--run_name", name)
+        assert (result["last"], result["best"], result["best_epoch"]) == (30.0, 60.0, 1)
+        kept = torch.load(f"runs/{name}/student.pt", weights_only=True)
+        assert [all(torch.equal(kept[k], s[k]) for k in kept) for s in seen] == [select == "best_test" and e == 1 or
+                                                                                 select == "last" and e == 3 for e in range(4)]
+
+
+def test_several_students(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = common.Run(toy.Args(device="cpu", run_name="r", student="resnet8,resnet14", epochs=1))
+    nets = {"resnet8": common.build_model("resnet8", 4), "resnet14": common.build_model("resnet14", 4)}
+    run.restore(**{f"student_{k}": v for k, v in nets.items()})
+    run.end_epoch(0, nets, {"resnet8": 40.0, "resnet14": 50.0})
+    run.finish({"students": [{"student": k, **run.scores[k]} for k in nets]})
+    assert json.loads(Path("runs/r/result.json").read_text())["last"] == 40.0
+    assert list(torch.load("runs/r/student.pt", weights_only=True)) == list(nets["resnet8"].state_dict())
+    assert Path("runs/r/student_resnet14.pt").exists()
+    assert [r["last"] for r in common.result_rows(Path("runs"))] == [40.0, 50.0]
+    assert {"acc/test_top1_resnet8", "acc/test_top1_resnet14"} <= set(metrics("runs/r")[-1])
+
+
+def test_evaluate_reproduces_the_run(toy_run, world):
+    result = toy_run("--run_name", "a")
+    row = toy_run("--evaluate", "runs/a", base=[])
+    assert (row["last"], row["agree1"], row["L_p"]) == (result["last"], result["agree1"], result["L_p"])
+    args = common.parse_args(common.EvalArgs, argv=["--evaluate", "runs/a"])
+    assert common.evaluate_file(args)["last"] == result["last"]
+    args = common.parse_args(common.EvalArgs, argv=["--evaluate", str(world / "teacher.pt"), "--dataset", "own"])
+    assert common.evaluate_file(args)["last"] == json.loads((world / "runs/t/result.json").read_text())["last"]
+
+
+def test_nan_in_a_checkpoint_stops_the_run_and_keeps_the_old_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, net = common.Run(toy.Args(device="cpu", run_name="r", save_every=1)), common.build_model("resnet8", 4)
+    run.restore(student=net)
+    with torch.no_grad():
+        net.linear.bias[0] = math.nan
+    with pytest.raises(SystemExit) as stop:
+        run.end_epoch(0, net, 25.0)
+    assert stop.value.code == 1 and "student.linear.bias" in capsys.readouterr().err
+    ckpt = torch.load("runs/r/ckpt_last.pt", weights_only=True)
+    assert ckpt["epoch"] == 0 and not ckpt["objects"]["student"]["linear.bias"].isnan().any()
+
+
+def test_all_kinds_of_state_are_restored(tmp_path, monkeypatch):
+    import random
+    monkeypatch.chdir(tmp_path)
+
+    def parts():
+        torch.manual_seed(0)
+        net = nn.Linear(3, 3)
+        return dict(student=net, optimizer=torch.optim.Adam(net.parameters()), python=random.Random(1),
+                    numpy=np.random.RandomState(2), torch=torch.Generator().manual_seed(3))
+
+    def draw(o):
+        o["optimizer"].zero_grad()
+        o["student"](torch.rand(2, 3)).sum().backward()
+        o["optimizer"].step()
+        return (o["python"].random(), o["numpy"].randn(), torch.rand(1, generator=o["torch"]).item(), random.random(),
+                np.random.randn(), o["student"].weight.sum().item())
+
+    run, a = common.Run(toy.Args(device="cpu", run_name="r")), parts()
+    run.restore(**a)
+    draw(a)
+    run.save(1)
+    want = draw(a)
+    args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES, ["--resume", "runs/r"])
+    b, again = parts(), common.Run(args)
+    assert again.restore(**b) == 1 and draw(b) == want
+
+
+def test_teacher_is_made_cached_and_found_again(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "own", tmp_path / "own")
+    monkeypatch.setattr(common, "train_recipe", (lambda old: lambda a: {**old(a), "epochs": 2, "batch_size": 16})(common.train_recipe))
+    args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES, ["--dataset", "own", "--teacher", "resnet8", "--allow_weak_teacher"])
+
+    def teacher():
+        common.seed_everything(0)
+        net, info = common.get_teacher(args, common.load_data("own", "./data"))
+        return info, torch.rand(1).item(), net
+
+    info, first, net = teacher()
+    assert "training one" in capsys.readouterr().out and not net.training and not any(p.requires_grad for p in net.parameters())
+    again, second, _ = teacher()
+    assert "training" not in capsys.readouterr().out and info == again
+    assert first == second  # a teacher made on the spot leaves the random streams as a cached one does
+    assert re.fullmatch(r"own_resnet8-[0-9a-f]{8}\.pt", Path(info["path"]).name)
+    Path("data/teachers/own_resnet8.pth").write_bytes((world / "teacher.pt").read_bytes())
+    assert teacher()[0]["path"].endswith("own_resnet8.pth")  # a placed file comes before the cache
+    args.teacher_ckpt = str(world / "teacher.pt")
+    assert teacher()[0]["path"] == str(world / "teacher.pt")
+    assert info["norm"] == "half"
+
+
+def test_wrong_normalisation_is_named(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    data = common.load_data("own")
+    net, _ = common.load_teacher("teacher.pt")
+    data.set_norm((5, 5, 5, 0.1, 0.1, 0.1))
+    low = common.evaluate(net, data)["top1"]
+    assert "--norm" in common.likely_cause(net, data, low) and data.norm == (5, 5, 5, 0.1, 0.1, 0.1)
+
+
+def test_norm_flag_teacher_preset_data(world, monkeypatch):
+    monkeypatch.chdir(world)
+    base = ["--dataset", "own", "--teacher_ckpt", "teacher.pt"]
+
+    def norm(*argv, presets=None, stored=None):
+        if stored is not None:
+            torch.save({**torch.load("teacher.pt", weights_only=True), "norm": stored}, "with_norm.pt")
+        args = common.parse_args(toy.Args, presets or toy.PRESETS, toy.ALIASES, [*base[:2], "--teacher_ckpt", "with_norm.pt", *argv])
+        args.allow_weak_teacher = True
+        data = common.load_data("own")
+        common.get_teacher(args, data)
+        return data.norm
+
+    preset = {"auto": {"*": {"norm": "cifar100"}}}
+    assert norm("--norm", "imagenet", stored="cifar10") == "imagenet"
+    assert norm(stored="cifar10", presets=preset) == "cifar10"
+    assert norm(stored="", presets=preset) == "cifar100"
+    assert norm(stored="") == "half"
+
+
+def test_parse_args_layers_and_spellings():
+    def parse(*argv):
+        return common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES, list(argv))
+    assert parse().T == 4.0 and parse("--preset", "hot").T == 8.0 and parse("--preset", "hot", "--T", "2").T == 2.0
+    pair = ["--dataset", "CIFAR100", "--teacher", "wrn_40_2", "--student", "WRN-16-1"]
+    args = parse(*pair)
+    assert (args.T, args.epochs, args.teacher, args.student, args.dataset) == (20.0, 30, "wrn40_2", "wrn16_1", "cifar100")
+    assert parse(*pair, "--preset", "none").epochs == 20 and parse(*pair, "--epochs=7").epochs == 7
+    assert parse("--smoke").dataset == "shapes" and parse("--smoke", "--epochs", "1").epochs == 1 and parse("--preset", "smoke").smoke
+    assert parse("--batch-size", "8").batch_size == 8 and parse("--nshot", "3").shots == 3 and parse("--cold").T == 1.0
+    assert parse("--no-smoke").smoke is False and parse("--smoke", "False").smoke is False and parse("--smoke=True").smoke is True
+    assert parse("--gpu", "1").device == "cuda:1" and parse("--method", "hot").preset == "hot" and parse("--method", "toy").preset == "auto"
+    assert parse("--data_root", "d", "--log_tag", "x", "--fewshot_n_per_class", "2").run_name == "x"
+    args = common.parse_args(common.TrainArgs, argv=["--milestones", "3,4", "5", "--lr", "1e-2"])
+    assert args.milestones == (3, 4, 5) and args.lr == 0.01 and args.given == ("lr", "milestones")
+
+
+def test_teacher_file_decides_the_preset_row(tmp_path):
+    torch.save(common.build_model("wrn40_2", 100).state_dict(), tmp_path / "t.pth")
+    args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES,
+                             ["--dataset", "cifar100", "--student", "wrn16_1", "--teacher_ckpt", str(tmp_path / "t.pth")])
+    assert (args.teacher, args.T) == ("wrn40_2", 20.0)
+
+
+def test_help_is_complete(capsys):
+    for main, cls in [(toy.main, toy.Args), *common.COMMANDS.values()]:
+        with pytest.raises(SystemExit) as stop:
+            common.cli(main, cls, argv=["--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0
+        for line in [x for x in text.splitlines() if x.startswith("  --")]:
+            assert len(line.split(maxsplit=2)) == 3, f"no help text: {line}"
+
+
+def test_every_flag_is_used_somewhere():
+    source = (ROOT / "common.py").read_text() + (ROOT / "tests" / "toy.py").read_text()
+    for cls in [toy.Args, *[c for _, c in common.COMMANDS.values()]]:
+        for name in cls.__dataclass_fields__:
+            assert re.search(rf'(args|a)\.{name}\b|"{name}"', source), name
+
+
+def test_summarize_means_over_seeds(tmp_path, monkeypatch):
+    base = dict(method="toy", preset="auto", dataset="own", teacher="resnet8", student="resnet8", shots=5, teacher_top1=90.0, best=70.0,
+                agree1=60.0, L_p=0.5, seconds=10, real_images=20, synthetic_images=0, paper={"top1": 71.5, "protocol": "best on test"})
+    for seed, last in ((0, 60.0), (1, 62.0), (2, 64.0)):
+        (tmp_path / "runs" / f"r{seed}").mkdir(parents=True)
+        common.write_json(tmp_path / "runs" / f"r{seed}" / "result.json", {**base, "seed": seed, "last": last})
+    text = common.summarize(tmp_path / "runs")
+    assert "62.00 ± 2.00" in text and "71.5 (best on test)" in text and "0, 1, 2" in text and text.count("\n") == 2
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    rows = common.result_rows(tmp_path / "runs")
+    for _ in range(2):
+        path = common.keep(rows, "demo")  # kept twice: no row doubles
+    assert len(path.read_text().splitlines()) == 3 and common.table(common.result_rows(path)) == text
+    filled = common.fill_tables("a\n<!-- results demo -->\nold\n<!-- end -->\n<!-- results none -->\n<!-- end -->")
+    assert text in filled and "Not measured yet." in filled and "old" not in filled
+
+
+def test_bf16_is_close_to_float32(toy_run):
+    a, b = toy_run("--run_name", "a"), toy_run("--run_name", "b", "--amp", "bf16")
+    loss = [[r["loss/kd"] for r in metrics(f"runs/{n}") if "loss/kd" in r][0] for n in "ab"]
+    assert isinstance(a, dict) and isinstance(b, dict) and abs(loss[0] - loss[1]) < 0.05 * abs(loss[0])
+
+
+# -------------------------------------------------------------------------------------------------------- whole programs
+
+@pytest.mark.slow
+def test_smoke_in_an_empty_folder(tmp_path):
+    done = run_python(tmp_path, "tests/toy.py", "--smoke")
+    folder = next((tmp_path / "runs").glob("toy__*"))
+    assert "| toy |" in done.stdout and (folder / "result.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "data"}
+
+
+def test_importing_is_quiet_and_quick():
+    code = "import time, torch; t = time.time(); import common; print(time.time() - t)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.split()
+    assert len(out) == 1 and float(out[0]) < 2  # 0.3 s when the machine is free: tests/bench.py start measures it
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_bit_equal(world, tmp_path):
+    """SIGKILL at two moments of a teacher training; tests/kill.py does it ten times for any script."""
+    shutil.copytree(world / "own", tmp_path / "own")
+    kill.prove(["common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "12", "--batch_size", "10", "--save_every", "1",
+                "--log_every", "2"], kills=2, cwd=tmp_path, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------- the repository
+
+def test_no_paths_or_devices_are_hard_coded():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), ROOT / "README.md", ROOT / "run_all.sh"]:
+        text = path.read_text()
+        assert not re.search(r"/(home|root|Users|mnt)/", text.replace(r"/(home|root|Users|mnt)/", "")), path
+        assert not re.search(r"\.cuda\(\)", text.replace(r"\.cuda\(\)", "")), path
+
+
+def test_readme_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert common.fill_tables(text) == text, "run: bash run_all.sh table"
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def test_readme_commands_parse():
+    known = {"common": None}
+    for line in readme_commands():
+        words = shlex.split(line)
+        if words[0] == "python" and words[1] == "common.py":
+            flags = words[3:]
+            flags = flags if not flags or flags[0].startswith("-") else [f"--{list(common.COMMANDS[words[2]][1].__dataclass_fields__)[0]}",
+                                                                         *flags]
+            common.given_flags(common.COMMANDS[words[2]][1], {}, flags)
+        elif words[0] == "python" and (ROOT / words[1]).is_file():
+            module = __import__(Path(words[1]).stem)
+            common.given_flags(module.Args, module.ALIASES, words[2:]) if hasattr(module, "Args") else None
+        elif words[0] == "bash":
+            assert words[1] == "run_all.sh" and f"  {words[2]})" in (ROOT / "run_all.sh").read_text()
+        else:
+            assert words[0] in ("git", "cd", "pip", "python", "source"), line
+    assert known
