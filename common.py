@@ -875,11 +875,11 @@ def read_checkpoint(path: Any) -> Any:
             fail(f"{path}: refused, reading it would call {refused[1] or refused[2]}, which could run any code; if you trust the "
                  "file, open it elsewhere and save only model.state_dict()")
         why = "" if isinstance(e, pickle.UnpicklingError) else f" ({(str(e).splitlines() or [type(e).__name__])[0][:120]})"
-        fail(f"{path}: damaged or not a checkpoint{why}; fetch it again")
+        fail(f"{path}: damaged or not a checkpoint{why}; fetch or make it again")
 
 
 def is_state_dict(obj: Any) -> bool:
-    return isinstance(obj, dict) and len(obj) > 0 and all(isinstance(v, Tensor) for v in obj.values())
+    return isinstance(obj, dict) and len(obj) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in obj.items())
 
 
 def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
@@ -1054,13 +1054,16 @@ def teacher_path(args: TrainArgs, data: Data) -> Path:
 
 def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
     """SGD on cross-entropy with crop and flip; in recipe fast each image's flip alternates from epoch to epoch."""
+    recipe, fast = train_recipe(args), args.recipe == "fast"
+    args.epochs = epochs = recipe["epochs"]
     run = Run(args)
     data = data or load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                              limit_test=args.limit_test)
     if args.norm != "auto":
         data.set_norm(args.norm)
-    recipe, fast, n = train_recipe(args), args.recipe == "fast", len(data.train_x)
-    epochs, batch_size = recipe["epochs"], min(recipe["batch_size"], n)
+    path, n = teacher_path(args, data), len(data.train_x)
+    path.parent.mkdir(parents=True, exist_ok=True)  # fails now, where it must, and not after the training
+    batch_size = min(recipe["batch_size"], n)
     steps = n // batch_size
     net = build_model(args.arch, data.num_classes, args.input_size or data.image_size)
     net.to(run.device, memory_format=torch.channels_last)
@@ -1097,7 +1100,7 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
         scores = evaluate(model, data) if due else None
         if not run.end_epoch(epoch, net, scores and scores["top1"]):
             break
-    scores, path = scores or evaluate(model, data), teacher_path(args, data)
+    scores = scores or evaluate(model, data)
     if not run.stopped:
         save(path, {"state_dict": {k: v.cpu() for k, v in net.state_dict().items()}, "arch": canonical(args.arch),
                     "dataset": data.name, "classes": list(data.classes), "acc1": scores["top1"], "norm": data.norm,

@@ -1,7 +1,6 @@
 """Tests of the data section of common.py: sources, cache, downloads, shots, augmentation, foreign pickles."""
 import hashlib
 import io
-import json
 import os
 import pickle
 import random
