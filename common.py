@@ -7,7 +7,7 @@ Sections, in this order (search for the banner)
   teachers      load_teacher, get_teacher, train_teacher, lr_at, upsample
   run           Run, seed_everything, autocast, image_grid, summarize
   command line  parse_args, cli, fail, evaluate_file
-Nothing of a method lives here: no distillation loss, no generator, no adaptation layer. tests/toy.py is the smallest user.
+Nothing of a method lives here: no distillation loss, generator or adaptation layer. tests/toy.py is the smallest user.
 
   python common.py train --dataset cifar10 --arch resnet34     # train a teacher, keep it in data/teachers
   python common.py eval RUN_FOLDER_OR_CHECKPOINT               # every metric of a student or a teacher
@@ -16,16 +16,11 @@ Nothing of a method lives here: no distillation loss, no generator, no adaptatio
   python common.py train|eval|data|summarize --help            # all flags of a command
 """
 import argparse
-import codecs
-import collections
 import contextlib
 import dataclasses
 import difflib
 import errno
-import functools
 import hashlib
-import http.client
-import importlib.util
 import inspect
 import io
 import json
@@ -34,16 +29,20 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 import warnings
-import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, NoReturn, Optional
 
@@ -73,19 +72,8 @@ def nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
 # ---------------------------------------------------------------------------------------------------------- networks
 # Every net: forward(x, return_features=False) -> logits, or (logits, [stem, stages..., pooled]).
 
-class PadShortcut(nn.Module):
-    """Shortcut A: every second row and column, zero channels on both sides; no parameters."""
-
-    def __init__(self, pad: int, stride: int):
-        super().__init__()
-        self.pad, self.stride = pad, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
-
-
 class ResBlock(nn.Module):
-    """Basic block (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 with four times the width)."""
+    """Basic block (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1 with four times the width); shortcut A has no parameters."""
 
     def __init__(self, c_in: int, width: int, stride: int, bottleneck: bool, shortcut: str):
         super().__init__()
@@ -95,16 +83,17 @@ class ResBlock(nn.Module):
         for i, (a, b, kernel, step) in enumerate(convs, 1):
             setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
             setattr(self, f"bn{i}", nn.BatchNorm2d(b))
-        self.bottleneck, self.shortcut = bottleneck, nn.Sequential()
-        if shortcut == "A" and (stride != 1 or c_in != c_out):
-            self.shortcut = PadShortcut((c_out - c_in) // 2, stride)
-        elif stride != 1 or c_in != c_out:
+        self.bottleneck, self.stride, self.shortcut = bottleneck, stride, nn.Sequential()
+        self.pad = (c_out - c_in) // 2 if shortcut == "A" else 0
+        if shortcut == "B" and (stride != 1 or c_in != c_out):
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         if self.bottleneck:
             y = self.bn3(self.conv3(F.relu(y, inplace=True)))
+        if self.pad:  # shortcut A: every second row and column, zero channels on both sides
+            return F.relu(y + F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad)), inplace=True)
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
@@ -163,7 +152,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False)
         for g, width in enumerate((16 * k, 32 * k, 64 * k)):
             layer = [WideBlock(width if i else c, width, 2 if g and not i else 1) for i in range(n)]
-            setattr(self, f"block{g + 1}", nn.Sequential(collections.OrderedDict(layer=nn.Sequential(*layer))))
+            setattr(self, f"block{g + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*layer))))
             c = width
         self.bn1 = nn.BatchNorm2d(c)
         self.fc = nn.Linear(c, num_classes)
@@ -177,26 +166,26 @@ class WideResNet(nn.Module):
         return (logits, feats) if return_features else logits
 
 
+def vgg_convs(c_in: int, width: int, n: int, norm: bool) -> list[nn.Module]:
+    """n times 3x3 conv, batch norm where asked for, ReLU."""
+    return [m for i in range(n) for m in (nn.Conv2d(width if i else c_in, width, 3, padding=1),
+                                          *([nn.BatchNorm2d(width)] if norm else []), nn.ReLU(inplace=True))]
+
+
 class VGG(nn.Module):
-    """Five blocks of conv-BN-ReLU; the last ReLU of a block stands in forward, so that the published indices fit."""
+    """Five blocks of conv-BN-ReLU; the features are those before the pool."""
 
     def __init__(self, widths: tuple, num_classes: int):
         super().__init__()
-        c = 3
         for b, (width, n) in enumerate(widths):
-            layers = []
-            for i in range(n):
-                layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-                c = width
-            setattr(self, f"block{b}", nn.Sequential(*layers[:-1]))
-        self.classifier = nn.Linear(c, num_classes)
+            setattr(self, f"block{b}", nn.Sequential(*vgg_convs(widths[b - 1][0] if b else 3, width, n, norm=True)))
+        self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor, return_features: bool = False):
-        feats, pooled_after = [], (0, 1, 2, 3) if x.shape[-2] == 64 else (0, 1, 2)
+        feats, pools = [], 4 if x.shape[-2] == 64 else 3
         for b in range(5):
-            x = F.relu(getattr(self, f"block{b}")(x), inplace=True)
-            feats.append(x)
-            x = F.max_pool2d(x, 2) if b in pooled_after else x
+            feats.append(getattr(self, f"block{b}")(x))
+            x = F.max_pool2d(feats[-1], 2) if b < pools else feats[-1]
         feats.append(x.mean((2, 3)))  # (B, C)
         logits = self.classifier(feats[-1])
         return (logits, feats) if return_features else logits
@@ -218,14 +207,8 @@ class VGGBlocks(nn.Module):
 
     def __init__(self, width: int, head: str, num_classes: int):
         super().__init__()
-        blocks, c = [], 3
-        for out, n in ((64, 2), (128, 2), (256, 3), (width, 3), (width, 3)):
-            layers = []
-            for _ in range(n):
-                layers += [nn.Conv2d(c, out, 3, padding=1), nn.ReLU(inplace=True)]
-                c = out
-            blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-        self.features = nn.Sequential(*blocks)
+        blocks = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, width, 3), (width, width, 3))
+        self.features = nn.Sequential(*[nn.Sequential(*vgg_convs(*b, norm=False), nn.MaxPool2d(2)) for b in blocks])
         if head == "folded":
             self.features[4][0] = FoldedConv(width, width, 2)
             self.classifier = nn.Linear(width, num_classes)
@@ -248,23 +231,24 @@ VGG_WIDTHS = {name: tuple(zip(widths, depths)) for name, widths, depths in (
     ("vgg13", (64, 128, 256, 512, 512), (2, 2, 2, 2, 2)), ("vgg16", (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)),
     ("vgg19", (64, 128, 256, 512, 512), (2, 2, 4, 4, 4)), ("vgg16_half", (64, 128, 256, 256, 256), (2, 2, 3, 3, 3)))}
 MODELS: dict[str, Callable[..., nn.Module]] = {  # name -> constructor(num_classes=...); add your own if you like
-    **{f"resnet{d}{tag}": functools.partial(ResNet, blocks, (64, 128, 256, 512), bottleneck=d == 50, stem=stem)
+    **{f"resnet{d}{tag}": partial(ResNet, blocks, (64, 128, 256, 512), bottleneck=d == 50, stem=stem)
        for d, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)), (50, (3, 4, 6, 3)))
        for tag, stem in (("", "cifar"), ("_tiny", "tiny"))},
-    "resnet34_imagenet": functools.partial(ResNet, (3, 4, 6, 3), (64, 128, 256, 512), stem="imagenet"),
-    "resnet18_small": functools.partial(ResNet, (2, 2, 2, 2), (32, 64, 128, 256)),
-    **{f"resnet{d}": functools.partial(ResNet, ((d - 2) // 6,) * 3, (16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{d}_a": functools.partial(ResNet, ((d - 2) // 6,) * 3, (16, 32, 64), shortcut="A")
+    "resnet34_imagenet": partial(ResNet, (3, 4, 6, 3), (64, 128, 256, 512), stem="imagenet"),
+    "resnet18_small": partial(ResNet, (2, 2, 2, 2), (32, 64, 128, 256)),
+    **{f"resnet{d}": partial(ResNet, ((d - 2) // 6,) * 3, (16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{d}_a": partial(ResNet, ((d - 2) // 6,) * 3, (16, 32, 64), shortcut="A")
        for d in (20, 32, 44, 56, 110)},
-    **{f"resnet{d}x4": functools.partial(ResNet, ((d - 2) // 6,) * 3, (64, 128, 256), stem_width=32) for d in (8, 32)},
-    **{f"wrn{d}_{k}": functools.partial(WideResNet, d, k) for d in (16, 40) for k in (1, 2)},
-    **{name: functools.partial(VGG, widths) for name, widths in VGG_WIDTHS.items()},
-    "netgraft_vgg16": functools.partial(VGGBlocks, 512, "teacher"),
-    "netgraft_vgg16_student": functools.partial(VGGBlocks, 256, "student"),
-    "netgraft_vgg16_folded": functools.partial(VGGBlocks, 256, "folded")}
-NET_ALIASES = {"teacher224": "resnet34_imagenet", "resnet18_8x_small": "resnet18_small", "vgg16_graft": "netgraft_vgg16_student",
-               **{f"wrn_{d}_{k}": f"wrn{d}_{k}" for d in (16, 40) for k in (1, 2)}, **{f"{n}_bn": n for n in VGG_WIDTHS},
-               **{spelling: f"resnet{d}" for d in (18, 34, 50) for spelling in (f"cifar_resnet{d}", f"resnet{d}_8x")}}
+    **{f"resnet{d}x4": partial(ResNet, ((d - 2) // 6,) * 3, (64, 128, 256), stem_width=32) for d in (8, 32)},
+    **{f"wrn{d}_{k}": partial(WideResNet, d, k) for d in (16, 40) for k in (1, 2)},
+    **{name: partial(VGG, widths) for name, widths in VGG_WIDTHS.items()},
+    "netgraft_vgg16": partial(VGGBlocks, 512, "teacher"),
+    "netgraft_vgg16_student": partial(VGGBlocks, 256, "student"),
+    "netgraft_vgg16_folded": partial(VGGBlocks, 256, "folded")}
+NET_ALIASES = {
+    "teacher224": "resnet34_imagenet", "resnet18_8x_small": "resnet18_small", "vgg16_graft": "netgraft_vgg16_student",
+    **{f"wrn_{d}_{k}": f"wrn{d}_{k}" for d in (16, 40) for k in (1, 2)}, **{f"{n}_bn": n for n in VGG_WIDTHS},
+    **{spelling: f"resnet{d}" for d in (18, 34, 50) for spelling in (f"cifar_resnet{d}", f"resnet{d}_8x")}}
 
 
 def canonical(name: str) -> str:
@@ -274,7 +258,10 @@ def canonical(name: str) -> str:
 
 
 def build_model(name: str, num_classes: int, image_size: int = 32, init: str = "kaiming") -> nn.Module:
-    """A network of MODELS or of the user's `file.py:callable`; init "default" keeps the framework's weights."""
+    """A network of MODELS or of the user's `file.py:callable`; init "default" keeps the framework's weights.
+
+    kaiming: convs N(0, 2/fan_out); VGG's Linear N(0, 0.01^2); biases of WRN and VGG 0; shortcut A: fan_in, Linear too.
+    """
     arch = canonical(name)
     if ".py:" in arch:
         return own_network(arch, num_classes, image_size)
@@ -283,21 +270,15 @@ def build_model(name: str, num_classes: int, image_size: int = 32, init: str = "
     if arch.startswith("netgraft") and image_size != 32:
         fail(f"{arch} takes 32x32 images only, these are {image_size}x{image_size}; choose another network")
     net = MODELS[arch](num_classes=num_classes)
-    if init == "kaiming":
-        kaiming_init(net)
-    return net
-
-
-def kaiming_init(net: nn.Module) -> None:
-    """Convs N(0, 2/fan_out); WRN and VGG set biases to 0, VGG its Linear to N(0, 0.01^2); shortcut A: fan_in, Linear too."""
     vgg, mode = isinstance(net, (VGG, VGGBlocks)), "fan_in" if getattr(net, "shortcut", "B") == "A" else "fan_out"
-    for m in net.modules():
+    for m in net.modules() if init == "kaiming" else ():
         if isinstance(m, nn.Conv2d) or (isinstance(m, nn.Linear) and mode == "fan_in"):
             nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity="relu")
         elif isinstance(m, nn.Linear) and vgg:
             nn.init.normal_(m.weight, 0, 0.01)
         if (vgg or isinstance(net, WideResNet)) and isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
             nn.init.zeros_(m.bias)
+    return net
 
 
 class OwnNetwork:
@@ -316,19 +297,18 @@ def own_network(spec: str, num_classes: int, image_size: int) -> nn.Module:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         fail(f"{path}: no such file; a network of your own is given as file.py:callable")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
     try:  # the user's code can raise anything
-        module_spec.loader.exec_module(module)
-        if not callable(getattr(module, name, None)):
-            fail(f"{path} has no callable {name}{nearest(name, vars(module))}")
-        net = getattr(module, name)(num_classes=num_classes)
+        module = runpy.run_path(path, run_name=Path(path).stem)
+        if not callable(module.get(name)):
+            fail(f"{path} has no callable {name}{nearest(name, module)}")
+        net = module[name](num_classes=num_classes)
         if "return_features" not in inspect.signature(net.forward).parameters:
             net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {})
         with torch.no_grad():
             shape = tuple(net.eval()(torch.zeros(2, 3, image_size, image_size)).shape)
     except Exception as e:
-        fail(f"{spec} fails on 2 images of {image_size}x{image_size}: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}; mend it")
+        why = f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}"
+        fail(f"{spec} fails on 2 images of {image_size}x{image_size}: {why}; mend it")
     if shape != (2, num_classes):
         fail(f"{spec} gives outputs of shape {shape} for 2 images, they must be logits of shape (2, {num_classes})")
     return net.train()
@@ -346,6 +326,7 @@ NORMS = {  # mean, std; which one a teacher wants belongs to its checkpoint, not
     "tiny_mdistiller": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "cifar10_airbench": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
 DATASETS = ("cifar10", "cifar100", "tiny_imagenet", "shapes")
+NO_ROOM = (errno.ENOSPC, errno.EACCES, errno.EROFS)  # errors that another source of the data would not mend
 PADDING = 4  # zero pixels around an image before a random crop, everywhere
 ARCHIVES = {  # data set -> official folder, archive, md5, sources in the order they are tried
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", (
@@ -370,7 +351,7 @@ def norm_constants(norm: Any) -> tuple[tuple, tuple]:
 
 
 class Data:
-    """A data set: uint8 images (N, 3, S, S) and int64 labels on the device; the train split is read when first asked for."""
+    """uint8 images (N, 3, S, S) and int64 labels on the device; the train split is read when first asked for."""
 
     def __init__(self, name: str, read: Callable, device: Any = "cpu", limit_train: int = 0, limit_test: int = 0,
                  norm: str = "half"):
@@ -389,34 +370,29 @@ class Data:
         """On the device: everything, or the first limit/C images of each class."""
         if 0 < limit < self.num_classes:
             fail(f"--{flag} {limit} is less than one image for each of the {self.num_classes} classes")
-        index = np.sort(np.concatenate([np.flatnonzero(y == c)[:limit // self.num_classes] for c in range(self.num_classes)])) \
-            if limit else slice(None)
-        return torch.from_numpy(np.array(x[index])).to(self.device), torch.from_numpy(np.array(y[index])).to(self.device)
+        index = slice(None) if not limit else np.sort(np.concatenate(
+            [np.flatnonzero(y == c)[:limit // self.num_classes] for c in range(self.num_classes)]))
+        return tuple(torch.from_numpy(np.array(v[index])).to(self.device) for v in (x, y))
 
-    @functools.cached_property
+    @cached_property
     def _full_train(self) -> tuple[np.ndarray, np.ndarray]:
         return self._read("train")[:2]
 
-    @functools.cached_property
+    @cached_property
     def _train(self) -> tuple[Tensor, Tensor]:
         return self._part(*self._full_train, self._limit_train, "limit_train")
 
-    @property
-    def train_x(self) -> Tensor:
-        return self._train[0]
+    train_x = property(lambda self: self._train[0])
+    train_y = property(lambda self: self._train[1])
 
-    @property
-    def train_y(self) -> Tensor:
-        return self._train[1]
-
-    @functools.cached_property
+    @cached_property
     def _windows(self) -> Tensor:
-        """All crops of the padded train images and of their mirror images, as a view (2, N, 9, 9, S, S, 3) of those two copies."""
+        """A view (2, N, 9, 9, S, S, 3) of the padded train images and their mirror images: all their crops."""
         x = F.pad(self.train_x, (PADDING,) * 4)
         x = torch.stack((x, x.flip(-1))).permute(0, 1, 3, 4, 2).contiguous()
         return x.unfold(2, self.image_size, 1).unfold(3, self.image_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
 
-    @functools.cached_property
+    @cached_property
     def order(self) -> Optional[np.ndarray]:
         """CIFAR-10 sorted by file name: where each image stood in the original pickles; None where no map is needed."""
         y = self._full_train[1]
@@ -424,8 +400,8 @@ class Data:
             return None
         path = Path(__file__).resolve().parent / "tests" / "golden" / "common.npz"
         if not path.is_file() or list(np.bincount(y)) != [5000] * 10:
-            print("note: this CIFAR-10 copy is sorted by file name and the map to the published order (tests/golden/common.npz "
-                  "beside common.py) is missing or does not fit: its shots are other pictures than the published ones")
+            print("note: the shots of this CIFAR-10 copy are other pictures than the published ones: it is sorted by file "
+                  "name, and the map to the published order (tests/golden/common.npz) is missing or does not fit")
             return None
         with np.load(path) as f:
             return f["order/cifar10_train"]
@@ -473,17 +449,17 @@ def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int = PA
     return x.gather(3, cols[:, None, None, :].expand(n, c, h, w))
 
 
-def batches(n: int, batch_size: int, generator: Optional[torch.Generator] = None, drop_last: bool = False) -> list[Tensor]:
+def batches(n: int, batch_size: int, generator: Optional[torch.Generator] = None, drop_last: bool = False) -> list:
     """Index tensors of one epoch, shuffled when a generator is given (and on its device)."""
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator, device=generator.device)
     return [part for part in order.split(batch_size) if len(part) == batch_size or (len(part) and not drop_last)]
 
 
-def few_shot_indices(labels: Any, shots: int, rule: str, seed: Optional[int], order: Optional[np.ndarray] = None) -> np.ndarray:
+def few_shot_indices(labels: Any, shots: int, rule: str, seed: Optional[int], order: Any = None) -> np.ndarray:
     """`shots` data set indices of each class, class-major, in drawn order, as the published code draws them.
 
-    pgdi: random.sample of each class's list; netgraft: shuffle the whole list, keep the first. order (C, n): entry [c][k]
-    = place, in the list of class c at hand, of its k-th image in published order.
+    pgdi: random.sample of each class's list; netgraft: shuffle the whole list, keep the first. order (C, n): entry
+    [c][k] = place, in the list of class c at hand, of its k-th image in published order.
     """
     labels, rng, chosen = np.asarray(labels), random.Random(seed), []
     for c in range(int(labels.max()) + 1):
@@ -511,17 +487,14 @@ NUMPY_CORE = getattr(np, "_core", None) or np.core  # numpy 2 and 1 name the hom
 
 def safe_unpickle(path: Any) -> Any:
     """A foreign pickle of numpy arrays and plain containers; anything that would run code is refused."""
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode,
-               ("collections", "OrderedDict"): collections.OrderedDict,
-               **{(f"numpy.{core}.multiarray", name): getattr(NUMPY_CORE.multiarray, name)
-                  for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
-               **{(f"numpy.{core}.numeric", "_frombuffer"): NUMPY_CORE.numeric._frombuffer for core in ("core", "_core")}}
+    allowed = ("numpy ndarray", "numpy dtype", "numpy.core.multiarray _reconstruct", "numpy.core.multiarray scalar",
+               "numpy.core.numeric _frombuffer", "_codecs encode", "collections OrderedDict")
 
     class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) not in allowed:
+        def find_class(self, module: str, name: str) -> Any:
+            if f"{module.replace('numpy._core', 'numpy.core')} {name}" not in allowed:
                 fail(f"{path}: refused, the pickle asks for {module}.{name}; only arrays and plain containers are read")
-            return allowed[module, name]
+            return super().find_class(re.sub(r"^numpy\._?core", NUMPY_CORE.__name__, module), name)
 
     try:
         with open(path, "rb") as f:
@@ -534,14 +507,14 @@ def safe_unpickle(path: Any) -> Any:
 
 def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, data_url: str = "", limit_train: int = 0,
               limit_test: int = 0) -> Data:
-    """cifar10, cifar100, tiny_imagenet, shapes, or a folder of one's own; local first, downloaded last, decoded once."""
+    """cifar10, cifar100, tiny_imagenet, shapes or one's own folder; local first, downloaded last, decoded once."""
     if dataset == "shapes":
         return Data("shapes", read_shapes, device, limit_train, limit_test)
     root, own = Path(data_dir), dataset not in DATASETS
     folder = Path(dataset) if own else root / dataset
     if own and not folder.is_dir():
-        fail(f"--dataset {dataset}{nearest(dataset, DATASETS)}: not one of {', '.join(DATASETS)}, and no folder of that name (a set "
-             "of your own is a folder with train.npz and test.npz, or with train/CLASS/ and test/CLASS/)")
+        fail(f"--dataset {dataset}{nearest(dataset, DATASETS)}: not one of {', '.join(DATASETS)}, and no folder with "
+             "train.npz and test.npz, or with train/CLASS/ and test/CLASS/")
     source = find_source(dataset, folder, root)
     if source is None and own:
         fail(f"{folder}: no test split; a set needs train.npz and test.npz, or train/CLASS/*.png and test/CLASS/*.png")
@@ -549,75 +522,74 @@ def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, da
         download(dataset, root, data_url)
         source = find_source(dataset, folder, root)
     reader, place, hint = source
-    tag = f"{folder.resolve().name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}" if own else dataset
+    name = folder.resolve().name if own else dataset
+    tag = f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}" if own else dataset
     known: dict = {}  # size and classes of the test split, which the train split must share
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray, list]:
         try:
-            x, y, classes = cached(root / "cache" / f"{tag}_{split}", stamp(place, split), lambda: reader(place, split, **known))
+            x, y, classes = cached(root / "cache" / f"{tag}_{split}", stamp(place, split),
+                                   lambda: reader(place, split, **known))
+            missing = set(range(len(classes))) - set(y.tolist())
             if known and (classes != known["classes"] or x.shape[-1] != known["size"]):
                 raise ValueError("train and test differ in their classes or image sizes")
             if y.min() < 0 or y.max() >= len(classes):
                 raise ValueError(f"labels run from {y.min()} to {y.max()}, there are {len(classes)} classes")
-            if split == "train" and len(set(y.tolist())) < len(classes):
-                raise ValueError(f"no image of class {classes[min(set(range(len(classes))) - set(y.tolist()))]}")
+            if split == "train" and missing:
+                raise ValueError(f"no image of class {classes[min(missing)]}")
         except Exception as e:  # a broken file can raise anything; what it was stands in the message
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES):
+            if isinstance(e, OSError) and e.errno in NO_ROOM:
                 raise
             why = str(e).partition(". You can use download")[0] or type(e).__name__
             fail(f"{place}: the {split} split cannot be used: {why}; {hint}")
         known.update(size=x.shape[-1], classes=classes)
         return x, y, classes
 
-    return Data(folder.resolve().name if own else dataset, read, device, limit_train, limit_test, "half" if own else dataset)
+    return Data(name, read, device, limit_train, limit_test, "half" if own else dataset)
 
 
 def find_source(dataset: str, folder: Path, root: Path) -> Optional[tuple[Callable, Path, str]]:
-    """The first hit of npz, official layout, its archive, image tree -> (reader, folder, how to mend what is wrong in it)."""
+    """The first hit of npz, official layout, its archive, image tree -> (reader, folder, how to mend it)."""
     official, archive, md5, _ = ARCHIVES.get(dataset, ("", "", "", ()))
     if any((folder / f"{split}.npz").is_file() for split in ("train", "test")):
-        return read_npz, folder, "a set needs train.npz and test.npz with x (uint8, N x H x W x 3) and y (integers, every class)"
+        return read_npz, folder, ("a set needs train.npz and test.npz with x (uint8, N x H x W x 3) "
+                                  "and y (integers, every class)")
     for base in (root, folder) if official else ():
         if not (base / official).is_dir() and (base / archive).is_file():
             from torchvision.datasets.utils import check_integrity, extract_archive
             if not check_integrity(str(base / archive), md5):
-                fail(f"{base / archive} is half-downloaded or altered (its md5 is not {md5}); remove it and start again")
+                fail(f"{base / archive} is incomplete or altered (its md5 is not {md5}); remove it and start again")
             extract_archive(str(base / archive), str(base))
         if (base / official).is_dir():
             return (read_tiny if dataset == "tiny_imagenet" else read_cifar, base / official,
                     f"remove the folder and start again, or unpack {archive} there anew")
     if any((folder / split).is_dir() for split in ("test", "val")):
-        return read_tree, folder, "a set needs train/CLASS/ and test/CLASS/ (or val/CLASS/) with images for every class"
+        return read_tree, folder, "a set needs train/CLASS/ and test/ or val/CLASS/ with images for every class"
     return None
 
 
 def download(dataset: str, root: Path, data_url: str) -> None:
     """The archive from the first source whose file passes the md5, by torchvision's downloader."""
-    import socket
     from torchvision.datasets import utils
     official, archive, md5, sources = ARCHIVES[dataset]
-    own, tried, timeout = [data_url + archive * data_url.endswith("/")] if data_url else [], [], socket.getdefaulttimeout()
+    own, tried, timeout = [data_url + archive * data_url.endswith("/")] * bool(data_url), [], socket.getdefaulttimeout()
     root.mkdir(parents=True, exist_ok=True)
-    part = root / f"{archive}.part{os.getpid()}"
-    part.unlink(missing_ok=True)  # of a killed process that had our number
-    for url in [*own, *sources]:
-        print(f"{dataset}: not found locally, trying {url}", flush=True)
-        try:
-            socket.setdefaulttimeout(30)
-            utils.download_url(url, str(root), part.name)
-            if not utils.check_integrity(str(part), md5):
-                raise OSError("wrong md5")
-            return part.replace(root / archive)
-        except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as e:  # URLError is an OSError
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise
-            tried.append(f"{url} ({getattr(e, 'reason', None) or e})")
-        finally:
-            part.unlink(missing_ok=True)
-            socket.setdefaulttimeout(timeout)
+    with tempfile.TemporaryDirectory(dir=root) as part:
+        for url in [*own, *sources]:
+            print(f"{dataset}: not found locally, trying {url}", flush=True)
+            try:
+                socket.setdefaulttimeout(30)
+                utils.download_url(url, part, archive, md5)
+                return os.replace(Path(part, archive), root / archive)
+            except Exception as e:  # what a server can do wrong has many names
+                if isinstance(e, OSError) and e.errno in NO_ROOM:
+                    raise
+                tried.append(f"{url} ({getattr(e, 'reason', None) or e})")
+            finally:
+                socket.setdefaulttimeout(timeout)
     fail(f"{dataset} is not at hand (looked for {root / dataset}/train.npz, {root / official}, {root / archive}, "
-         f"{root / dataset}/train/) and no source answered: {'; '.join(tried)}. Put {archive} into {root} by hand, give "
-         "--data_url URL, or try --dataset shapes, which needs no files")
+         f"{root / dataset}/train/) and no source answered: {'; '.join(tried)}. Put {archive} into {root} by hand, "
+         "give --data_url URL, or try --dataset shapes, which needs no files")
 
 
 def read_npz(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
@@ -637,7 +609,7 @@ def read_npz(folder: Path, split: str, size: int = 0, classes: Optional[list] = 
 
 
 def read_cifar(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
-    """Through torchvision, whose md5 check of the split's files comes before any unpickling; the other split stays unread."""
+    """Through torchvision, which checks the md5 of the split's files before any unpickling; the other stays unread."""
     from torchvision.datasets import CIFAR10, CIFAR100
     base = CIFAR100 if folder.name == "cifar-100-python" else CIFAR10
     one_split = type("OneSplit", (base,), {"test_list" if split == "train" else "train_list": []})
@@ -651,15 +623,15 @@ def read_tiny(folder: Path, split: str, size: int = 0, classes: Optional[list] =
     """Classes are the sorted wnids (wnids.txt itself is not sorted); the test split is the official val."""
     classes = sorted((folder / "wnids.txt").read_text().split())
     if split == "train":
-        files = [(path, wnid) for wnid in classes for path in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))]
+        files = [(path, c) for c in classes for path in sorted((folder / "train" / c / "images").glob("*.JPEG"))]
     else:
         rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
         if min(map(len, rows), default=0) < 2:
             raise ValueError("val_annotations.txt is not complete")
         files = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
-    if not files or {wnid for _, wnid in files} - set(classes):
+    if not files or {c for _, c in files} - set(classes):
         raise ValueError("no images, or classes that wnids.txt does not name")
-    return read_images([path for path, _ in files], 64), np.array([classes.index(wnid) for _, wnid in files]), classes
+    return read_images([path for path, _ in files], 64), np.array([classes.index(c) for _, c in files]), classes
 
 
 def read_tree(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
@@ -670,11 +642,11 @@ def read_tree(folder: Path, split: str, size: int = 0, classes: Optional[list] =
     if odd:  # the names of the folders only: the train images of a data-free run stay unread
         raise ValueError(f"train and test have different class folders ({', '.join(sorted(odd)[:3])})")
     listed = ImageFolder(str(root))
-    return read_images([path for path, _ in listed.samples], size), np.array([c for _, c in listed.samples]), listed.classes
+    return read_images([path for path, _ in listed.samples], size), np.array(listed.targets), listed.classes
 
 
 def read_images(paths: list, size: int = 0) -> np.ndarray:
-    """Image files -> uint8 (N, S, S, 3), centre-cropped to squares; size 0: 64 if every smaller side has 64 pixels, else 32."""
+    """Image files -> uint8 (N, S, S, 3), centre-cropped; size 0: 64 if every smaller side has 64 pixels, else 32."""
     from PIL import Image
 
     def read(path: Any, work: Callable) -> Any:
@@ -700,8 +672,8 @@ def stamp(source: Path, split: str) -> str:
     """Changes when the files of a split change: their names, sizes and times."""
     names = (f"{split}.npz", split, "wnids.txt", *(("val",) if split == "test" else ()))
     bases = [source / n for n in names if (source / n).exists()] or [source]
-    files = sorted(f for b in bases for f in ([b] if b.is_file() else (Path(d) / n for d, _, found in os.walk(b) for n in found)))
-    facts = [(str(f.relative_to(source)), info.st_size, info.st_mtime_ns) for f in files for info in [f.stat()]]
+    files = [b for b in bases if b.is_file()] + [Path(d, n) for b in bases for d, _, found in os.walk(b) for n in found]
+    facts = [(str(f.relative_to(source)), info.st_size, info.st_mtime_ns) for f in sorted(files) for info in [f.stat()]]
     return f"{source.resolve()} {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
@@ -712,21 +684,22 @@ def cached(path: Path, source_stamp: str, read: Callable) -> tuple[np.ndarray, n
         with np.load(meta, allow_pickle=False) as f:
             if str(f["stamp"]) == source_stamp:
                 return np.load(images, mmap_mode="r").reshape(f["shape"]), f["y"], f["classes"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:
         pass  # no cache yet, or not a whole one: it is made anew
     x, y, classes = read()
     x, y = np.ascontiguousarray(x.transpose(0, 3, 1, 2)), np.asarray(y, np.int64)
+    facts = {"stamp": source_stamp, "y": y, "classes": np.array(classes, str), "shape": x.shape}
     try:
         images.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(images, lambda f: np.save(f, x))
-        write_atomic(meta, lambda f: np.savez(f, stamp=source_stamp, y=y, classes=np.array(classes, str), shape=x.shape))
+        write_atomic(meta, lambda f: np.savez(f, **facts))
     except OSError as e:
         print(f"note: the decoded images are not cached ({e})")
     return x, y, list(classes)
 
 
 def write_atomic(path: Path, write: Callable) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader finds the old file or the new one, never half of it."""
+    """Temporary name, flush to disk, rename: a reader finds the old file or the new one, never half of it."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         with open(part, "wb") as f:
@@ -774,25 +747,25 @@ def draw_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     row, col = np.meshgrid(*[np.arange(32, dtype=np.float32) - 15.5] * 2, indexing="ij")
     fine = np.meshgrid(*[(np.arange(256, dtype=np.float32) - 127.5) / 80] * 2)
     for k in range(len(SHAPES)):
-        unit = np.sqrt(np.float32(175 * 80**2 / (outline(k, *fine) < 0).sum()))  # pixels per unit: equal areas
+        unit = np.sqrt(np.float32(160 * 80**2 / (outline(k, *fine) < 0).sum()))  # pixels per unit: equal areas
         for i in np.array_split(np.flatnonzero(y == k), n // 1000 + 1):  # small pieces stay in the cache
             q = p[:, i]
-            size = unit * (0.95 + 0.25 * q[0])
-            half = 0.18 * q[1]  # the tangent of half the turn, which is up to 20 degrees either way
+            size = unit * (0.95 + 0.2 * q[0])
+            half = 0.14 * q[1]  # the tangent of half the turn, which is up to 16 degrees either way
             cos, sin = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
-            dx, dy = (col - 3 * q[2]) / size, (row - 3 * q[3]) / size
+            dx, dy = (col - 5 * q[2]) / size, (row - 5 * q[3]) / size
             dist = outline(k, (dx * cos + dy * sin) * np.copysign(1, q[4]), dy * cos - dx * sin)
             ex, ey = col - 14 * q[5], row - 14 * q[6]
             near, far = np.abs(ex + ey * q[7]), np.abs(ey - ex * q[7])
-            speck = np.clip(np.minimum(1.3 - near, 3.5 + 2.5 * q[8] - far) * (q[9] < 0), 0, 1)[:, None]
+            speck = np.clip(np.minimum(1.3 - near, 3.5 + 2.5 * q[8] - far) * (q[9] < -0.3), 0, 1)[:, None]
             wave = np.abs((col * q[10] + row * q[11]) * 0.15 % 2 - 1) * q[12] + (col * q[13] + row * q[14]) / 16
-            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 80  # of background, shape and speck
+            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 36  # of background, shape and speck
             hues = hues - (hues[:, :, :1] * 0.3 + hues[:, :, 1:2] * 0.6 + hues[:, :, 2:] * 0.1)  # keep the brightness
-            light, gap = 128 + 30 * q[24], np.copysign(55 + 20 * q[26], q[25])
-            back = hues[0] + (light - gap)[:, None] + q[27:30, :].transpose(1, 0, 2, 3) * 20 * wave[:, None]
+            light, gap = 128 + 30 * q[24], 64 + 12 * q[26]
+            back = hues[0] + (light - gap)[:, None] + q[27:30, :].transpose(1, 0, 2, 3) * 12 * wave[:, None]
             back += (hues[2] + (light + gap * q[30])[:, None] - back) * speck
             back += (hues[1] + (light + gap)[:, None] - back) * np.clip(0.5 - dist * size, 0, 1)[:, None]
-            back += (noise[i] - np.float32(127.5)) * (0.10 + 0.08 * q[31])[:, None]
+            back += (noise[i] - np.float32(127.5)) * (0.07 + 0.04 * q[31])[:, None]
             x[i] = np.clip(back, 0, 255).transpose(0, 2, 3, 1).astype(np.uint8)
     return x, y.astype(np.int64)
 
@@ -816,10 +789,10 @@ def predict(model: nn.Module, data: Data, x: Optional[Tensor] = None) -> Tensor:
 
 def accuracy(logits: Tensor, y: Tensor) -> dict[str, float]:
     """Top-1 and top-5 in percent and the mean cross-entropy; one read-back."""
-    top1 = (logits.argmax(1) == y).sum()  # ties: the first index
-    top5 = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).sum()
-    hits1, hits5, loss = torch.stack([top1.double(), top5.double(), F.cross_entropy(logits.double(), y)]).tolist()  # sync
-    return {"top1": 100 * hits1 / len(y), "top5": 100 * hits5 / len(y), "loss": loss}
+    hits1 = (logits.argmax(1) == y).double().sum()  # ties: the first index
+    hits5 = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).double().sum()
+    values = (100 * hits1 / len(y), 100 * hits5 / len(y), F.cross_entropy(logits.double(), y))
+    return dict(zip(("top1", "top5", "loss"), torch.stack(values).tolist()))  # sync
 
 
 def evaluate(model: nn.Module, data: Data) -> dict[str, float]:
@@ -904,7 +877,7 @@ def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
-@functools.lru_cache(maxsize=None)
+@cache
 def key_shapes(name: str, num_classes: int) -> frozenset:
     """(key, shape) of all weights of a network of MODELS; built without memory or random numbers."""
     with torch.device("meta"):
@@ -1004,7 +977,7 @@ class TrainArgs:
     dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
     arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
     recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate linear up and down; multistep: times gamma at milestones
-    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 5, else 60; multistep 200)
+    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 4, else 60; multistep 200)
     batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64; multistep 128)
     lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: for each 128 images, VGG half of it)
     milestones: tuple[int, ...] = (100, 150)  # multistep: epochs from which on the rate is multiplied by gamma
@@ -1038,7 +1011,7 @@ def train_recipe(args: TrainArgs) -> dict:
     plain_vgg = fast and arch.startswith("netgraft")  # no batch norm in its convs: small steps, clipped gradient
     batch = args.batch_size or (128 if plain_vgg or not fast else 64 if args.dataset == "shapes" else 512)
     lr = args.lr or (0.05 if plain_vgg else 0.1 * batch / 128 / (2 if arch.startswith("vgg") else 1) if fast else 0.1)
-    epochs = args.epochs or ({"cifar100": 100, "shapes": 5}.get(args.dataset, 60) if fast else 200)
+    epochs = args.epochs or ({"cifar100": 100, "shapes": 4}.get(args.dataset, 60) if fast else 200)
     recipe = {"kind": args.recipe, "lr": lr, "epochs": epochs, "batch_size": batch, "clip": 1.0 if plain_vgg else 0.0,
               **{k: getattr(args, k) for k in ("weight_decay", "momentum", "input_size", "seed", "limit_train", "amp")}}
     return recipe if fast else {**recipe, "milestones": list(args.milestones), "gamma": args.gamma}
