@@ -482,7 +482,7 @@ def subset_indices(n: int, fraction: float, seed: int = 42) -> np.ndarray:
     return np.random.default_rng(seed).choice(n, int(n * fraction), replace=False).astype(np.int64)
 
 
-NUMPY_CORE = getattr(np, "_core", None) or np.core  # numpy 2 and 1 name the home of their scalars differently
+NUMPY_CORE = np._core if np.__version__[0] > "1" else np.core  # the home of numpy's scalars has moved
 
 
 def safe_unpickle(path: Any) -> Any:
