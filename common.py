@@ -17,7 +17,6 @@ Nothing of a method lives here: no distillation loss, generator or adaptation la
 """
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import errno
 import hashlib
@@ -37,14 +36,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterable, Iterator, Literal, NoReturn, Optional
+from typing import (Any, Callable, ClassVar, Iterable, Iterator, Literal, NoReturn, Optional, get_args, get_origin,
+                    get_type_hints)
 
 import numpy as np
 import torch
@@ -54,8 +53,9 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there two processes may train the same teacher
-    fcntl = None
+    import resource
+except ImportError:  # Windows: two processes may train the same teacher, and peak_mb is 0
+    fcntl = resource = None
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -93,7 +93,7 @@ class ResBlock(nn.Module):
         if self.bottleneck:
             y = self.bn3(self.conv3(F.relu(y, inplace=True)))
         if self.pad:  # shortcut A: every second row and column, zero channels on both sides
-            return F.relu(y + F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad)), inplace=True)
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
@@ -400,8 +400,8 @@ class Data:
             return None
         path = Path(__file__).resolve().parent / "tests" / "golden" / "common.npz"
         if not path.is_file() or list(np.bincount(y)) != [5000] * 10:
-            print("note: the shots of this CIFAR-10 copy are other pictures than the published ones: it is sorted by file "
-                  "name, and the map to the published order (tests/golden/common.npz) is missing or does not fit")
+            print("note: the shots of this CIFAR-10 copy are other pictures than the published ones: it is sorted by "
+                  "file name, and the map to the published order (tests/golden/common.npz) is missing or does not fit")
             return None
         with np.load(path) as f:
             return f["order/cifar10_train"]
@@ -417,8 +417,9 @@ class Data:
         dtype, top, width = (x.dtype, 1, 1) if x.is_floating_point() else (torch.float32, 255, x.shape[-1])
         key = (self.mean, self.std, x.device, dtype, width)
         if key not in self._scales:  # made once, so that no step copies constants to the device
-            mean, std = (torch.tensor(v, dtype=torch.float64).repeat(width) for v in (self.mean, self.std))
-            self._scales[key] = [v.to(x.device, dtype) for v in (1 / (top * std), -mean / std)]
+            with torch.inference_mode(False):  # they may meet a gradient later
+                mean, std = (torch.tensor(v, dtype=torch.float64).repeat(width) for v in (self.mean, self.std))
+                self._scales[key] = [v.to(x.device, dtype) for v in (1 / (top * std), -mean / std)]
         scale, shift = self._scales[key]
         x = x.permute(0, 2, 3, 1)  # (B, H, W, 3)
         if x.is_floating_point():
@@ -515,21 +516,15 @@ def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, da
     if own and not folder.is_dir():
         fail(f"--dataset {dataset}{nearest(dataset, DATASETS)}: not one of {', '.join(DATASETS)}, and no folder with "
              "train.npz and test.npz, or with train/CLASS/ and test/CLASS/")
-    source = find_source(dataset, folder, root)
-    if source is None and own:
-        fail(f"{folder}: no test split; a set needs train.npz and test.npz, or train/CLASS/*.png and test/CLASS/*.png")
-    if source is None:
-        download(dataset, root, data_url)
-        source = find_source(dataset, folder, root)
-    reader, place, hint = source
+    reader, place, hint = find_source(dataset, folder, root, data_url)
     name = folder.resolve().name if own else dataset
     tag = f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}" if own else dataset
     known: dict = {}  # size and classes of the test split, which the train split must share
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray, list]:
+        cache_path = root / "cache" / f"{tag}_{split}"
         try:
-            x, y, classes = cached(root / "cache" / f"{tag}_{split}", stamp(place, split),
-                                   lambda: reader(place, split, **known))
+            x, y, classes = cached(cache_path, stamp(place, split), lambda: reader(place, split, **known))
             missing = set(range(len(classes))) - set(y.tolist())
             if known and (classes != known["classes"] or x.shape[-1] != known["size"]):
                 raise ValueError("train and test differ in their classes or image sizes")
@@ -548,8 +543,8 @@ def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, da
     return Data(name, read, device, limit_train, limit_test, "half" if own else dataset)
 
 
-def find_source(dataset: str, folder: Path, root: Path) -> Optional[tuple[Callable, Path, str]]:
-    """The first hit of npz, official layout, its archive, image tree -> (reader, folder, how to mend it)."""
+def find_source(dataset: str, folder: Path, root: Path, data_url: str) -> tuple[Callable, Path, str]:
+    """The first hit of npz, official layout, its archive, image tree, download -> (reader, folder, how to mend it)."""
     official, archive, md5, _ = ARCHIVES.get(dataset, ("", "", "", ()))
     if any((folder / f"{split}.npz").is_file() for split in ("train", "test")):
         return read_npz, folder, ("a set needs train.npz and test.npz with x (uint8, N x H x W x 3) "
@@ -565,7 +560,10 @@ def find_source(dataset: str, folder: Path, root: Path) -> Optional[tuple[Callab
                     f"remove the folder and start again, or unpack {archive} there anew")
     if any((folder / split).is_dir() for split in ("test", "val")):
         return read_tree, folder, "a set needs train/CLASS/ and test/ or val/CLASS/ with images for every class"
-    return None
+    if not official:
+        fail(f"{folder}: no test split; a set needs train.npz and test.npz, or train/CLASS/*.png and test/CLASS/*.png")
+    download(dataset, root, data_url)
+    return find_source(dataset, folder, root, data_url)  # now the archive is there
 
 
 def download(dataset: str, root: Path, data_url: str) -> None:
@@ -832,10 +830,10 @@ def count_params_macs(model: nn.Module, image_size: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------- teachers
 
 def read_checkpoint(path: Any) -> Any:
-    """torch.load that runs no code of the file; numpy scalars and argparse.Namespace, which zoos store, are let through."""
-    scalar, numbers = NUMPY_CORE.multiarray.scalar, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+    """torch.load that runs no code of the file; lets numpy scalars and argparse.Namespace through, which zoos store."""
+    scalar = NUMPY_CORE.multiarray.scalar
     safe = [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"),
-            (scalar, "numpy._core.multiarray.scalar"), *{type(np.dtype(t)) for t in numbers}]
+            (scalar, "numpy._core.multiarray.scalar"), *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"}]
     try:
         with torch.serialization.safe_globals(safe), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -843,16 +841,16 @@ def read_checkpoint(path: Any) -> Any:
     except OSError as e:
         fail(f"{path}: no readable checkpoint ({e.strerror}); check the path")
     except Exception as e:  # a broken or hostile file can raise anything; whatever it was, the run ends here
+        unpickling, why = isinstance(e, pickle.UnpicklingError), (str(e).splitlines() or [type(e).__name__])[0][:120]
         refused = re.search(r"GLOBAL (\S+) was not an allowed|(?:class|function) (\S+)", str(e))
-        if isinstance(e, pickle.UnpicklingError) and refused:
-            fail(f"{path}: refused, reading it would call {refused[1] or refused[2]}, which could run any code; if you trust the "
-                 "file, open it elsewhere and save only model.state_dict()")
-        why = "" if isinstance(e, pickle.UnpicklingError) else f" ({(str(e).splitlines() or [type(e).__name__])[0][:120]})"
-        fail(f"{path}: damaged or not a checkpoint{why}; fetch or make it again")
+        if unpickling and refused:
+            fail(f"{path}: refused, reading it would call {refused[1] or refused[2]}, which could run any code; "
+                 "if you trust the file, open it elsewhere and save only model.state_dict()")
+        fail(f"{path}: damaged or not a checkpoint{'' if unpickling else f' ({why})'}; fetch or make it again")
 
 
-def is_state_dict(obj: Any) -> bool:
-    return isinstance(obj, dict) and len(obj) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in obj.items())
+def is_state_dict(o: Any) -> bool:
+    return isinstance(o, dict) and bool(o) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in o.items())
 
 
 def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
@@ -862,16 +860,16 @@ def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
         keys = list(obj) if isinstance(obj, dict) else type(obj).__name__
         obj = next((obj[n] for n in names if isinstance(obj, dict) and is_state_dict(obj.get(n))), None)
         if obj is None:
-            hint = "; few-shot files are for gda_kd.py --task fewshot" if "model_sd" in keys else "; save model.state_dict()"
-            fail(f"{path}: no weights found, the file holds {str(keys)[:200]}{hint}")
+            hint = "few-shot files go to gda_kd.py --task fewshot" if "model_sd" in keys else "save model.state_dict()"
+            fail(f"{path}: no weights found, the file holds {str(keys)[:200]}; {hint}")
     state, before = dict(obj), None
-    while state != before and state.keys() != before:
+    while state.keys() != before:  # the wrappers lie in any order
         before = state.keys()
         if {k.split(".")[0] for k in state} >= {"student", "teacher"}:
             state = {k: v for k, v in state.items() if k.startswith("student.")}
         for prefix in ("module.", "_orig_mod.", "model.", "net.", "student.", "teacher."):
             if all(k.startswith(prefix) for k in state):
-                state = {k[len(prefix):]: v for k, v in state.items()}
+                state = {k.removeprefix(prefix): v for k, v in state.items()}
     if "layer1.0.conv1.weight" in state:
         state = {re.sub(r"^fc\.", "linear.", k.replace(".downsample.", ".shortcut.")): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
@@ -879,20 +877,22 @@ def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
 
 @cache
 def key_shapes(name: str, num_classes: int) -> frozenset:
-    """(key, shape) of all weights of a network of MODELS; built without memory or random numbers."""
+    """shapes_of a network of MODELS; built without memory or random numbers."""
     with torch.device("meta"):
         return shapes_of(MODELS[name](num_classes=num_classes).state_dict())
 
 
 def shapes_of(state: dict[str, Tensor]) -> frozenset:
-    return frozenset((k, tuple(v.shape)) for k, v in state.items() if not k.endswith("num_batches_tracked"))  # old files lack these
+    """(key, shape) of all weights, without the counters that old files lack."""
+    return frozenset((k, tuple(v.shape)) for k, v in state.items() if not k.endswith("num_batches_tracked"))
 
 
 def infer_arch(state: dict[str, Tensor], num_classes: int, path: Any) -> Optional[str]:
-    """The network whose keys and shapes fit best, None if less than half do; a container's `arch` field is never believed."""
+    """The network whose keys and shapes fit best, None if less than half do; a file's `arch` is never believed."""
     if any(k.startswith("scion.") for k in state):
-        fail(f"{path}: an unfolded NetGraft student is read by netgraft.py --evaluate only (--fold gives a complete network)")
-    if any(k.startswith("encoder.") for k in state) or ("layer4.0.conv3.weight" in state and "conv1.weight" not in state):
+        fail(f"{path}: an unfolded NetGraft student; give it to netgraft.py --evaluate (--fold completes the network)")
+    no_stem = "layer4.0.conv3.weight" in state and "conv1.weight" not in state
+    if no_stem or any(k.startswith("encoder.") for k in state):
         fail(f"{path}: this is a few-shot encoder; give it to gda_kd.py --task fewshot")
     ours, known = shapes_of(state), {name: key_shapes(name, num_classes) for name in MODELS}
     overlap = {name: len(ours & theirs) / len(ours | theirs) for name, theirs in known.items()}
@@ -901,35 +901,35 @@ def infer_arch(state: dict[str, Tensor], num_classes: int, path: Any) -> Optiona
 
 
 def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[int] = None) -> tuple[nn.Module, dict]:
-    """(net in eval mode on the CPU, info) from any published layout, strictly; without `arch` it is read off the shapes."""
+    """(net in eval mode on the CPU, info) from any published layout, strictly; the shapes tell an `arch` not given."""
     obj = read_checkpoint(path)
     config = read_json(Path(path).parent / "config.json") if Path(path).name.startswith("student") else {}
     state, meta = unwrap(obj, path), {} if is_state_dict(obj) else obj
     classes = len(next((v for v in reversed(list(state.values())) if v.ndim == 2), ())) or num_classes or 1
     asked = canonical(arch) if arch else None
     if asked is None and ".py:" in str(meta.get("arch")):  # no code is run on the word of a file
-        fail(f"{path}: holds the weights of {meta['arch']}; if that code is yours, name it: --teacher (or --arch) {meta['arch']}")
+        fail(f"{path}: holds {meta['arch']}; if that code is yours, give --teacher (or --arch) file.py:callable")
     looks = asked if asked and ".py:" in asked else infer_arch(state, classes, path)
     if looks is None and asked is None:
-        fail(f"{path}: these weights fit no network of common.py (first keys: {', '.join(list(state)[:3])}); name it with --teacher "
+        fail(f"{path}: fits no network of common.py (first keys: {', '.join(list(state)[:3])}); name it with --teacher "
              "to see what differs, or give --teacher file.py:callable for a network of your own")
     if None not in (looks, asked) and looks not in (asked, f"{asked}_a"):
         fail(f"{path}: this is {looks} with {classes} classes, you asked for {asked}; give --teacher {looks}")
     arch = looks or asked
-    if num_classes is not None and classes != num_classes:
-        fail(f"{path}: this is {arch} with {classes} classes, the data set has {num_classes}; it was trained on another set")
+    if num_classes not in (None, classes):
+        fail(f"{path}: this is {arch} with {classes} classes, the data set has {num_classes}; take one of this set")
     with rng_kept():  # a net that is overwritten at once must not move the run's random streams
         net = build_model(arch, classes)
     if arch == "netgraft_vgg16_folded" and "features.4.0.bias_map" not in state:
         net.features[4][0] = nn.Conv2d(256, 256, 3, padding=1)
     wanted = net.state_dict()
-    state = {**{k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}, **state}  # old files have no counters
+    state = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")} | state  # old files have no counters
     problems = [f"{len(keys)} {what} (first: {keys[0]})" for what, keys in (
         ("missing", [k for k in wanted if k not in state]), ("unexpected", [k for k in state if k not in wanted]),
         ("of another shape", [k for k in wanted if k in state and wanted[k].shape != state[k].shape])) if keys]
     if problems:
         fail(f"{path}: does not fit {arch}: {'; '.join(problems)}; the file is damaged or holds another network")
-    net.load_state_dict(state, strict=True)
+    net.load_state_dict(state)
     acc = next((float(meta[k]) for k in ("acc1", "best_acc1", "best_prec1", "accuracy", "best_acc", "metric")
                 if isinstance(meta.get(k), (int, float, np.number, Tensor)) and np.ndim(meta[k]) == 0), None)
     zoo_norm = ("imagenet" if arch.endswith("_a") else
@@ -956,18 +956,19 @@ class Upsampled(nn.Module):
 
 
 def lr_at(recipe: dict, epoch: float) -> float:
-    """Learning rate at a 0-based (fractional) epoch; kinds constant, multistep, cosine, fast, after a linear warm-up."""
-    lr, warmup, low = recipe["lr"], recipe.get("warmup", 0), recipe.get("eta_min", 0.0)
+    """Learning rate at a 0-based (fractional) epoch, after a linear warm-up."""
+    lr, kind, low = recipe["lr"], recipe["kind"], recipe.get("eta_min", 0.0)
+    warmup, start = recipe.get("warmup", 0), recipe.get("warmup_lr", 0.0)
     if epoch < warmup:
-        return recipe.get("warmup_lr", 0.0) + epoch * (lr - recipe.get("warmup_lr", 0.0)) / warmup
-    if recipe["kind"] == "multistep":
+        return start + epoch * (lr - start) / warmup
+    if kind == "multistep":
         return lr * recipe["gamma"] ** sum(epoch >= m for m in recipe["milestones"])
-    if recipe["kind"] == "cosine":
+    if kind == "cosine":
         return low + (lr - low) * (1 + math.cos(math.pi * epoch / recipe["T_max"])) / 2
-    if recipe["kind"] == "fast":  # 0.2 lr -> lr over the first fifth, then linearly to 0
+    if kind == "fast":  # 0.2 lr -> lr over the first fifth, then linearly to 0
         p = epoch / recipe["epochs"]
         return lr * (0.2 + 4 * p if p < 0.2 else (1 - p) / 0.8)
-    return {"constant": lr}[recipe["kind"]]
+    return {"constant": lr}[kind]
 
 
 @dataclass
@@ -976,7 +977,7 @@ class TrainArgs:
     METHOD: ClassVar[str] = "train"
     dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
     arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
-    recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate linear up and down; multistep: times gamma at milestones
+    recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate up and down; multistep: falls at milestones
     epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 4, else 60; multistep 200)
     batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64; multistep 128)
     lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: for each 128 images, VGG half of it)
@@ -1018,7 +1019,7 @@ def train_recipe(args: TrainArgs) -> dict:
 
 
 def teacher_path(args: TrainArgs, data: Data) -> Path:
-    """<data_dir>/teachers/<dataset>_<arch>-<hash8>.pt; the hash covers recipe, normalisation, an own network's file and data."""
+    """<data_dir>/teachers/<dataset>_<arch>-<hash of all that decides the result>.pt"""
     code = Path(args.arch.rpartition(":")[0]).read_text() if ".py:" in args.arch else ""
     facts = [train_recipe(args), canonical(args.arch), code, data.mean, data.std, list(data.classes), data.fingerprint]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
@@ -1030,8 +1031,8 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
     recipe, fast = train_recipe(args), args.recipe == "fast"
     args.epochs = epochs = recipe["epochs"]
     run = Run(args)
-    data = data or load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
-                             limit_test=args.limit_test)
+    data = data or load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url,
+                             limit_train=args.limit_train, limit_test=args.limit_test)
     if args.norm != "auto":
         data.set_norm(args.norm)
     path, n = teacher_path(args, data), len(data.train_x)
@@ -1042,20 +1043,23 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
     net.to(run.device, memory_format=torch.channels_last)
     model = Upsampled(net, args.input_size) if args.input_size else net
     forward = torch.compile(model) if args.compile else model
-    decay, rest = ([p for p in net.parameters() if (p.ndim > 1 or not fast) == with_decay] for with_decay in (True, False))
+    decay, rest = ([p for p in net.parameters() if (p.ndim > 1 or not fast) == decayed] for decayed in (True, False))
     optimizer = torch.optim.SGD([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=recipe["lr"],
                                 momentum=args.momentum, weight_decay=args.weight_decay, nesterov=fast)
     coin = torch.rand(n, generator=torch.Generator().manual_seed(args.seed)).to(run.device) < 0.5
     run.note(recipe=recipe, norm=data.norm, params_macs=count_params_macs(model, data.image_size))
-    for _ in range(2):  # the second pass is timed
+    seconds = []
+    for _ in range(3):  # the least disturbed of three forward passes, taken three times for a training step
         begin = time.perf_counter()
         predict(model, data, data.train_x[:batch_size]).sum().item()
-    print(f"training {args.arch} on {n} images for {epochs} epochs: about "
-          f"{3 * steps * epochs * (time.perf_counter() - begin) / 60:.1f} minutes on {run.device}", flush=True)
+        seconds.append(time.perf_counter() - begin)
+    minutes = 3 * steps * epochs * min(seconds) / 60
+    print(f"training {args.arch}: {n} images, {epochs} epochs, about {minutes:.1f} minutes on {run.device}", flush=True)
     start, scores = run.restore(student=net, optimizer=optimizer), None
     for epoch in range(start, epochs):
         model.train()
-        for step, index in enumerate(run.bar(batches(n, batch_size, run.generator, drop_last=True), f"epoch {epoch + 1}")):
+        parts = batches(n, batch_size, run.generator, drop_last=True)
+        for step, index in enumerate(run.bar(parts, f"epoch {epoch + 1}")):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(recipe, epoch + step / steps if fast else epoch)
             x = data.augment(index, run.generator, flip=coin[index] ^ bool(epoch % 2) if fast else None)
@@ -1085,9 +1089,9 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
 
 def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: Optional[Callable] = None
                 ) -> tuple[nn.Module, dict]:
-    """Given file -> file placed in data_dir/teachers -> cached -> trained now; frozen, its accuracy printed and checked.
+    """Given file -> file placed in data_dir/teachers -> cached -> trained now; frozen, its accuracy checked.
 
-    Sets data.mean, data.std, data.norm (flag, else the teacher's, else the preset's, else the data set's) and data.t_logits.
+    Sets data.mean, .std, .norm (flag, else the teacher's, else the preset's, else the data set's) and data.t_logits.
     score(teacher, data) -> top-1 replaces evaluate where a method measures otherwise.
     """
     if args.norm != "auto":
@@ -1109,17 +1113,17 @@ def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: 
           f"(norm {data.norm}{stored})", flush=True)
     bound, fall = min(300 / data.num_classes, 50 + 50 / data.num_classes), (info["acc1"] or 0) - top1
     if top1 < bound or fall > 1:
-        why = f"{path} scores {top1:.2f} % (expected {max(bound, info['acc1'] or 0):.2f}): {likely_cause(teacher, data, top1)}"
+        why = f"scores {top1:.2f} % (expected {max(bound, top1 + fall):.2f}): {likely_cause(teacher, data, top1)}"
         if (top1 < bound or fall > 5) and not args.allow_weak_teacher:
-            fail(f"{why}; mend that, or go on all the same with --allow_weak_teacher")
-        print(f"warning: {why}")
+            fail(f"{path} {why}; mend that, or go on all the same with --allow_weak_teacher")
+        print(f"warning: {path} {why}")
     return teacher, info
 
 
 def likely_cause(teacher: nn.Module, data: Data, top1: float) -> str:
     """Tries the other normalisations and says what would explain a low score."""
     norm, tries, n = data.norm, {}, len(data.test_y)
-    pick = torch.linspace(0, n - 1, min(n, 1000), device=data.device).long()  # spread over the set: copies are often sorted by class
+    pick = torch.linspace(0, n - 1, min(n, 1000), device=data.device).long()  # spread: copies are often sorted by class
     for name in NORMS:
         data.set_norm(name)
         tries[name] = accuracy(predict(teacher, data, data.test_x[pick]), data.test_y[pick])["top1"]
@@ -1127,25 +1131,25 @@ def likely_cause(teacher: nn.Module, data: Data, top1: float) -> str:
     best = max(tries, key=tries.get)
     if tries[best] > top1 + 3:
         return f"wrong normalisation, with --norm {best} it scores about {tries[best]:.0f} %"
-    return "untrained, or trained on other data, other classes or another class order (ours: sorted names, Tiny-ImageNet: wnids)"
+    return "untrained, or trained on other data, classes or another class order (ours: sorted names or wnids)"
 
 
 def teacher_file(args: Any, data: Data, input_size: Optional[int] = None) -> tuple[Path, TrainArgs]:
     """Given, else placed in data_dir/teachers, else where the one of our recipe is kept (it may not exist yet)."""
-    shared = ("dataset", "data_dir", "data_url", "limit_train", "limit_test", "norm", "device", "deterministic", "amp", "compile",
-              "out_dir", "time_limit")
-    wanted = TrainArgs(**{k: getattr(args, k) for k in shared if hasattr(args, k)}, arch=args.teacher, input_size=input_size or 0,
-                       epochs=2 if getattr(args, "smoke", False) else 0)
-    places = [Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.teacher)}{end}" for end in (".pth", ".pt", ".th")]
-    placed = next((p for p in places if p.is_file()), None)
-    return Path(args.teacher_ckpt) if args.teacher_ckpt else placed or teacher_path(wanted, data), wanted
+    shared = ("dataset", "data_dir", "data_url", "limit_train", "limit_test", "norm", "device", "deterministic", "amp",
+              "compile", "out_dir", "time_limit")
+    wanted = TrainArgs(**{k: getattr(args, k) for k in shared if hasattr(args, k)}, arch=args.teacher,
+                       input_size=input_size or 0, epochs=2 if getattr(args, "smoke", False) else 0)
+    if args.teacher_ckpt:
+        return Path(args.teacher_ckpt), wanted
+    stem = Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.teacher)}"
+    placed = [p for end in (".pth", ".pt", ".th") if (p := Path(f"{stem}{end}")).is_file()]
+    return placed[0] if placed else teacher_path(wanted, data), wanted
 
 
 def train_missing(path: Path, wanted: TrainArgs, data: Data) -> None:
     """Train the teacher in a run folder of its own, or go on with an interrupted one; a lock lets one process train."""
-    while int(os.environ.get("RANK", 0)):  # rank 0 trains
-        if path.is_file():
-            return
+    while int(os.environ.get("RANK", 0)) and not path.is_file():  # rank 0 trains
         time.sleep(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -1168,26 +1172,22 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)  # CUDA too
     torch.backends.cudnn.benchmark = not deterministic
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
 
 def get_state(o: Any) -> Any:
-    """State of anything a checkpoint holds: modules, optimizers, own classes with state_dict, and random generators."""
-    if isinstance(o, np.random.RandomState):
+    """State of anything a checkpoint holds: modules, optimizers, own classes with state_dict, random generators."""
+    if isinstance(o, np.random.RandomState):  # arrays become tensors, which weights_only reads
         return [torch.from_numpy(v.astype(np.int64)) if isinstance(v, np.ndarray) else v for v in o.get_state()]
-    return o.get_state() if isinstance(o, torch.Generator) else o.getstate() if isinstance(o, random.Random) else o.state_dict()
+    return getattr(o, next(n for n in ("state_dict", "get_state", "getstate") if hasattr(o, n)))()
 
 
 def set_state(o: Any, state: Any) -> None:
     if isinstance(o, np.random.RandomState):
-        o.set_state(tuple(v.numpy().astype(np.uint32) if isinstance(v, Tensor) else v for v in state))
-    elif isinstance(o, torch.Generator):
-        o.set_state(state)
-    elif isinstance(o, random.Random):
-        o.setstate(state)
-    else:
-        o.load_state_dict(state)
+        state = tuple(v.numpy().astype(np.uint32) if isinstance(v, Tensor) else v for v in state)
+    getattr(o, next(n for n in ("load_state_dict", "set_state", "setstate") if hasattr(o, n)))(state)
 
 
 def global_streams() -> dict[str, Any]:
@@ -1228,9 +1228,10 @@ def save(path: Path, obj: Any) -> None:
     write_atomic(path, lambda f: f.write(buffer.getbuffer()))
 
 
-def first_nan(state: Any, name: str) -> str:
+def first_nan(state: Any, name: str = "") -> str:
+    """The dotted name of the first tensor inside that holds a NaN."""
     if isinstance(state, Tensor):
-        return name if state.is_floating_point() and bool(torch.isnan(state).any()) else ""
+        return name[1:] if state.is_floating_point() and bool(torch.isnan(state).any()) else ""
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
     return next((hit for k, v in items if (hit := first_nan(v, f"{name}.{k}"))), "")
 
@@ -1247,11 +1248,8 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def git_revision() -> str:
-    def git(*words: str) -> str:
-        done = subprocess.run(("git", "-C", str(Path(__file__).resolve().parent), *words), capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "") \
-        if shutil.which("git") else ""
+    words = ("git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*")
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
 def short_name(arch: str) -> str:
@@ -1268,10 +1266,8 @@ class Run:
         self.device, self.first_rank = pick_device(args.device), int(os.environ.get("RANK", 0)) == 0
         seed_everything(args.seed, args.deterministic)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.objects: dict[str, Any] = {}
-        self.students: dict[str, nn.Module] = {}
-        self.scores: dict[str, dict] = {}  # of each student: last, best, best_epoch
-        self.best_state: dict[str, dict] = {}  # with --select best_test: the weights of the best epoch
+        self.objects, self.students = {}, {}
+        self.scores, self.best_state = {}, {}  # of each student: last, best, best_epoch; the weights of that epoch
         self.step, self.next_epoch, self.seconds_before, self.saved_at = 0, 0, 0.0, time.time()
         self.last_logged, self._bar, self._board = {}, None, None
         self.dir = Path(args.resume) if args.resume else Path(args.out_dir) / (args.run_name or self.derived_name())
@@ -1285,11 +1281,12 @@ class Run:
             (self.dir / "samples").mkdir()
             for file in {Path(inspect.getfile(type(args))), Path(__file__)}:
                 shutil.copy(file, self.dir / "src" / file.name)
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
+                        "numpy": np.__version__}
             write_json(self.dir / "config.json", {
-                "method": self.method, "args": {f.name: getattr(args, f.name) for f in dataclasses.fields(args)},
-                "given": sorted(getattr(args, "given", ())), "argv": sys.argv, "git": git_revision(), "derived": {},
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
-                             "numpy": np.__version__}, "device": self.device_name()})
+                "method": self.method, "args": asdict(args), "given": sorted(getattr(args, "given", ())),
+                "argv": sys.argv, "git": git_revision(), "derived": {}, "versions": versions,
+                "device": self.device_name()})
         try:
             self._sigint = signal.signal(signal.SIGINT, self._on_ctrl_c)
         except ValueError:
@@ -1305,9 +1302,9 @@ class Run:
     def derived_name(self) -> str:
         a = self.args
         nets = ",".join(getattr(a, k) for k in ("teacher", "student", "arch") if hasattr(a, k)).split(",")
-        parts = [self.method, Path(a.dataset).name, "-".join(map(short_name, nets)), f"k{a.shots}" if hasattr(a, "shots") else "",
-                 f"s{a.seed}", time.strftime("%Y%m%d-%H%M%S")]
-        return "__".join(p for p in parts if p)
+        shots = [f"k{a.shots}"] if hasattr(a, "shots") else []
+        return "__".join([self.method, Path(a.dataset).name, "-".join(map(short_name, nets)), *shots, f"s{a.seed}",
+                          time.strftime("%Y%m%d-%H%M%S")])
 
     def device_name(self) -> str:
         cuda = self.device.type == "cuda"
@@ -1316,11 +1313,8 @@ class Run:
     def peak_mb(self) -> float:
         if self.device.type == "cuda":
             return round(torch.cuda.max_memory_allocated(self.device) / 2 ** 20, 1)
-        try:
-            import resource
-            return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10), 1)
-        except ImportError:  # Windows
-            return 0.0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0  # in bytes on a Mac, else in kB
+        return round(peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10), 1)
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - self.begin
@@ -1349,8 +1343,8 @@ class Run:
         if not isinstance(ckpt, dict) or not {"objects", "scores", "streams", "metrics_bytes"} <= ckpt.keys():
             fail(f"{path} is not the checkpoint of a run; put the right file back, or start anew without --resume")
         if set(ckpt["objects"]) != set(self.objects):
-            fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; resume with the "
-                 f"source in {self.dir / 'src'}")
+            fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; "
+                 f"resume with the source in {self.dir / 'src'}")
         for name, o in self.objects.items():
             set_state(o, ckpt["objects"][name])
         self.scores, self.best_state, self.step, self.next_epoch, self.seconds_before = (
@@ -1366,14 +1360,14 @@ class Run:
         return self.next_epoch
 
     def save(self, epoch: int) -> None:
-        """ckpt_last.pt: everything needed to go on with `epoch`, bit-equal; the old one survives until it is complete."""
+        """ckpt_last.pt: all that is needed to go on with `epoch`, bit-equal; the old one survives until it is whole."""
         self.saved_at, metrics = time.time(), self.dir / "metrics.jsonl"
         if not self.first_rank:
             return
         objects = {name: get_state(o) for name, o in self.objects.items()}
-        if bad := next((hit for name, state in objects.items() if (hit := first_nan(state, name))), ""):
-            fail(f"{bad} holds NaN after epoch {epoch}; the last good checkpoint is kept in {self.dir}. Lower the learning rate, or "
-                 "use --amp none", code=1)
+        if bad := first_nan(objects):
+            fail(f"{bad} holds NaN after epoch {epoch}; the last good checkpoint is kept in {self.dir}. "
+                 "Lower the learning rate, or use --amp none", code=1)
         save(self.dir / "ckpt_last.pt", {
             "epoch": epoch, "step": self.step, "objects": objects, "scores": self.scores, "best_state": self.best_state,
             "streams": {name: get_state(g) for name, g in global_streams().items()}, "seconds": self.seconds(),
@@ -1386,13 +1380,13 @@ class Run:
         yield from self._bar
 
     def log(self, step: int, epoch: int, **scalars: Any) -> None:
-        """One line of metrics.jsonl, one host sync; loss_kd is named loss/kd. A value that is not finite stops the run."""
+        """One line of metrics.jsonl, one host sync; loss_kd is named loss/kd. A value not finite stops the run."""
         names = [re.sub(r"^(loss|acc|lr|speed|mem)_", r"\1/", k) for k in scalars]
         tensors = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in scalars.values()]
         values = dict(zip(names, torch.stack(tensors).tolist()))  # sync
         if bad := next((f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)), ""):
-            fail(f"{bad} at step {step} (epoch {epoch + 1}); go on from the last checkpoint with --resume {self.dir}, or start anew "
-                 "with a lower learning rate or --amp none", code=1)
+            fail(f"{bad} at step {step} (epoch {epoch + 1}); go on from the last checkpoint with --resume {self.dir}, "
+                 "or start anew with a lower learning rate or --amp none", code=1)
         self.step, self.last_logged = step, values
         if not self.first_rank:
             return
@@ -1404,7 +1398,7 @@ class Run:
             self._bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()), refresh=False)
 
     def end_epoch(self, epoch: int, student: Any, top1: Any) -> bool:
-        """Log test accuracy (None: not evaluated), save when due; False when the run must stop. Several students: dicts."""
+        """Log top-1 (None: not evaluated), save when due; False when the run must stop. Several students: dicts."""
         self.students = student if isinstance(student, dict) else {"": student}
         tops = top1 if isinstance(top1, dict) else {} if top1 is None else {"": top1}
         for name, value in tops.items():
@@ -1413,13 +1407,16 @@ class Run:
             if value > score["best"]:
                 score.update(best=value, best_epoch=epoch)
                 if getattr(self.args, "select", "last") == "best_test":
-                    self.best_state[name] = {k: v.detach().cpu().clone() for k, v in self.students[name].state_dict().items()}
+                    state = self.students[name].state_dict()
+                    self.best_state[name] = {k: v.detach().cpu().clone() for k, v in state.items()}
         terms = "  ".join(f"{k} {v:.4g}" for k, v in self.last_logged.items() if not k.startswith(("acc", "mem")))
         if tops:
-            self.log(self.step, epoch, **{f"acc_test_top1{n and '_' + n}": v for n, v in tops.items()}, mem_peak_mb=self.peak_mb())
+            accs = {f"acc_test_top1{name and '_' + name}": value for name, value in tops.items()}
+            self.log(self.step, epoch, **accs, mem_peak_mb=self.peak_mb())
         if self.first_rank:
-            shown = "  ".join(f"{n and n + ' '}{s['last']:.2f} % (best {s['best']:.2f})" for n, s in self.scores.items())
-            print(f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}  {shown}  {terms}  {self.seconds():.0f} s", flush=True)
+            shown = "  ".join(f"{n} {s['last']:.2f} % (best {s['best']:.2f})".lstrip() for n, s in self.scores.items())
+            where = f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}"
+            print(f"{where}  {shown}  {terms}  {self.seconds():.0f} s", flush=True)
         if self.args.time_limit and time.time() - self.begin > self.args.time_limit:
             self.stopped = self.stopped or "the time limit"
         self.next_epoch = epoch + 1
@@ -1440,13 +1437,13 @@ class Run:
         if self._sigint is not None:
             signal.signal(signal.SIGINT, self._sigint)
         if self.stopped:
-            print(f"stopped by {self.stopped} after epoch {self.next_epoch}; go on with --resume {self.dir}", flush=True)
+            print(f"stopped by {self.stopped} after epoch {self.next_epoch}; go on with --resume {self.dir}")
             raise SystemExit(130 if self.stopped == "Ctrl-C" else 0)
         a, top1 = self.args, row.get("top1")
         score = next(iter(self.scores.values()), {"last": top1, "best": top1, "best_epoch": -1})
-        result = {"method": self.method, **{k: getattr(a, k, None) for k in ("preset", "dataset", "teacher", "student", "shots")},
-                  "seed": a.seed, "teacher_top1": None, **score, "top5": None, "agree1": None, "L_p": None, "L_p_sqrt": None,
-                  "n_test": None, "real_images": 0, "synthetic_images": 0, "paper": None, **row,
+        result = {"method": self.method, **{k: getattr(a, k, None) for k in ROW_KEYS[1:]}, "seed": a.seed,
+                  "teacher_top1": None, **score, **dict.fromkeys(("top5", "agree1", "L_p", "L_p_sqrt", "n_test")),
+                  "real_images": 0, "synthetic_images": 0, "paper": None, **row,
                   "seconds": round(self.seconds(), 1), "peak_mb": self.peak_mb(), "device": self.device_name(),
                   "torch": torch.__version__, "git": git_revision()}
         result.pop("top1", None)
@@ -1454,9 +1451,9 @@ class Run:
             self.save(self.next_epoch)
             nets = {"": student} if student is not None else self.students
             for i, (name, net) in enumerate(nets.items()):
-                state = {k: v.cpu() for k, v in ((student is None and self.best_state.get(name)) or net.state_dict()).items()}
+                state = (student is None and self.best_state.get(name)) or net.state_dict()
                 for file in [f"student_{name}.pt"] * bool(name) + ["student.pt"] * (i == 0):
-                    save(self.dir / file, state)
+                    save(self.dir / file, {k: v.cpu() for k, v in state.items()})
             write_json(self.dir / "result.json", result)
             print(table([result]), flush=True)
         if self._board:
@@ -1466,55 +1463,55 @@ class Run:
 
 def image_grid(images: Tensor, rows: int, path: Path) -> None:
     """PNG of images (N, 3, H, W), uint8 or floats in [0, 1], in that many rows."""
-    from PIL import Image
-    from torchvision.utils import make_grid
-    if images.is_floating_point():
-        images = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
-    grid = make_grid(images.cpu(), nrow=math.ceil(len(images) / rows), padding=2)
+    from torchvision.utils import save_image
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    images = images.detach().float() / (1 if images.is_floating_point() else 255)
+    save_image(images, str(path), nrow=math.ceil(len(images) / rows), padding=2)
 
 
 ROW_KEYS = ("method", "preset", "dataset", "teacher", "student", "shots")
 
 
 def result_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, or of every result.json below a folder; a run of several students gives a row for each."""
+    """The rows of a .jsonl file, or of every result.json below a folder; each of several students has its own row."""
     rows = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
             [row for file in sorted(path.rglob("result.json")) if (row := read_json(file))])
     return [{**row, **student} for row in rows for student in row.pop("students", None) or [{}]]
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: rows that differ only in the seed make one line, mean ± std; rows of tests/bench.py have their own columns."""
+    """Markdown: rows that differ only in the seed make one line, mean ± std; tests/bench.py has its own columns."""
     def mean(group: list[dict], key: str, form: str = ".2f") -> str:
         values = [row[key] for row in group if row.get(key) is not None]
-        return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "") if values else ""
+        spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+        return f"{np.mean(values):{form}}{spread}" if values else ""
 
+    head, lines, groups = ("method|data|teacher → student|shots|last|best on test|published|Agree@1|L_p|seconds|"
+                           "real / made images|seeds").split("|"), [], {}
+    for row in rows:
+        groups.setdefault(tuple(str(row.get(k) or "") for k in ROW_KEYS), []).append(row)
+    for (method, preset, dataset, teacher, student, shots), group in groups.items():
+        first, paper = group[0], group[0].get("paper") or {}
+        lines.append((method + f" `{preset}`" * (preset not in ("", "auto")), Path(dataset).name,
+                      (f"{teacher} ({mean(group[:1], 'teacher_top1')}) → " if teacher else "") + student, shots,
+                      f"**{mean(group, 'last')}**", mean(group, "best"),
+                      f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
+                      mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
+                      f"{first.get('real_images')} / {first.get('synthetic_images')}",
+                      ", ".join(str(row["seed"]) for row in group if "seed" in row)))
     if rows and "bench" in rows[0]:
-        lines = [tuple(rows[0]), *[tuple(map(str, row.values())) for row in rows]]
-    else:
-        lines, groups = [("method", "data", "teacher → student", "shots", "last", "best on test", "published", "Agree@1", "L_p",
-                          "seconds", "real / made images", "seeds")], {}
-        for row in rows:
-            groups.setdefault(tuple(str(row.get(k) or "") for k in ROW_KEYS), []).append(row)
-        for (method, preset, dataset, teacher, student, shots), group in groups.items():
-            first, paper = group[0], group[0].get("paper") or {}
-            lines.append((method + f" `{preset}`" * (preset not in ("", "auto")), Path(dataset).name,
-                          (f"{teacher} ({mean(group[:1], 'teacher_top1')}) → " if teacher else "") + student, shots,
-                          f"**{mean(group, 'last')}**", mean(group, "best"),
-                          f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
-                          mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
-                          f"{first.get('real_images')} / {first.get('synthetic_images')}",
-                          ", ".join(str(row["seed"]) for row in group if "seed" in row)))
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ("---",) * len(lines[0]), *lines[1:]])
+        head, lines = list(rows[0]), [map(str, row.values()) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def results_path(name: str) -> Path:
+    return Path(__file__).resolve().parent / "tests" / "results" / f"{name}.jsonl"
 
 
 def keep(rows: list[dict], name: str) -> Path:
     """Put rows into tests/results/<name>.jsonl; a row measured again replaces the old one."""
-    path, identity = Path(__file__).resolve().parent / "tests" / "results" / f"{name}.jsonl", ("bench", *ROW_KEYS, "seed")
-    old = result_rows(path) if path.is_file() else []
-    kept = {tuple(str(row.get(k)) for k in identity): row for row in old + rows}
+    path = results_path(name)
+    kept = {tuple(str(row.get(k)) for k in ("bench", *ROW_KEYS, "seed")): row for row in result_rows(path) + rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in kept.values()).encode()))
     return path
@@ -1523,35 +1520,37 @@ def keep(rows: list[dict], name: str) -> Path:
 def fill_tables(text: str) -> str:
     """A README whose blocks <!-- results NAME --> ... <!-- end --> are filled from tests/results/NAME.jsonl."""
     def fill(match: re.Match) -> str:
-        path = Path(__file__).resolve().parent / "tests" / "results" / f"{match[1]}.jsonl"
-        return f"<!-- results {match[1]} -->\n{table(result_rows(path)) if path.is_file() else 'Not measured yet.'}\n<!-- end -->"
+        rows = result_rows(results_path(match[1]))
+        return f"<!-- results {match[1]} -->\n{table(rows) if rows else 'Not measured yet.'}\n<!-- end -->"
     return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 def summarize(runs_dir: Any) -> str:
-    """Markdown table of all finished runs below a folder: last epoch, best on test, mean ± std over seeds, published."""
+    """Markdown table of all finished runs below a folder."""
     rows = result_rows(Path(runs_dir))
     return table(rows) if rows else f"no finished run below {runs_dir}"
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-SHARED_ALIASES = {"data_root": "data_dir", "gpu": ("device", "cuda:{}"), "log_tag": "run_name", "evaluate_only": "evaluate",
-                  "fewshot_n_per_class": "shots"}
+SHARED_ALIASES = {"data_root": "data_dir", "gpu": ("device", "cuda:{}"), "log_tag": "run_name",
+                  "evaluate_only": "evaluate", "fewshot_n_per_class": "shots"}
 AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every")
 FREE_ON_RESUME = ("device", "data_dir", "time_limit", "log_every", "save_every")
 
 
 def convert(name: str, hint: Any, default: Any, text: str) -> Any:
     """The text of a flag as a value of its field: typed, in our spelling, possible; otherwise one line."""
-    kind, options = typing.get_origin(hint), {str(o): o for o in typing.get_args(hint)}
+    kind, parts = get_origin(hint), get_args(hint)
+    options = {"true": True, "1": True, "false": False, "0": False} if hint is bool else {str(p): p for p in parts}
     try:
-        value = ({"true": True, "1": True, "false": False, "0": False}[text.lower()] if hint is bool else
-                 options[text] if kind is Literal else
-                 tuple(typing.get_args(hint)[0](part) for part in text.replace(",", " ").split()) if kind is tuple else hint(text))
+        if kind is tuple:
+            value = tuple(parts[0](part) for part in text.replace(",", " ").split())
+        else:
+            value = options[text.lower() if hint is bool else text] if options else hint(text)
     except (KeyError, ValueError):
-        wanted = "true or false" if hint is bool else ", ".join(options) if kind is Literal else getattr(hint, "__name__", hint)
-        fail(f"--{name} {text}: expected {wanted}{nearest(text, options) if kind is Literal else ''}")
+        wanted = getattr(hint, "__name__", hint) if kind is tuple or not options else ", ".join(options)
+        fail(f"--{name} {text}: expected {wanted}{nearest(text, options)}")
     for v in value if kind is tuple else (value,):
         least = 1 if name in AT_LEAST_ONE and default != 0 else 0
         if hint is not bool and isinstance(v, (int, float)) and not (math.isfinite(v) and v >= least):
@@ -1562,9 +1561,9 @@ def convert(name: str, hint: Any, default: Any, text: str) -> Any:
         value = ",".join(canonical(n) for n in text.split(",") if n)
         for n in filter(None, value.split(",")):
             if ".py:" not in n and n not in MODELS:
-                fail(f"--{name} {n}: unknown network{nearest(n, MODELS)}; known: {', '.join(MODELS)}, or file.py:callable")
+                fail(f"--{name} {n}: unknown network{nearest(n, MODELS)}; known: {', '.join(MODELS)}, file.py:callable")
     if name == "dataset":
-        key = {"tinyimagenet": "tiny_imagenet"}.get(text.lower(), text.lower().replace("-", "_"))
+        key = text.lower().replace("-", "_").replace("tinyimagenet", "tiny_imagenet")
         value = key if key in DATASETS else text
     if name == "norm" and text != "auto":
         norm_constants(text)
@@ -1573,24 +1572,23 @@ def convert(name: str, hint: Any, default: Any, text: str) -> Any:
 
 def given_flags(cls: type, aliases: dict, argv: list[str]) -> dict:
     """{field: value} of a command line: dashes, --no-, aliases and types resolved; anything odd ends with one line."""
-    hints, words, given = typing.get_type_hints(cls), list(argv), {}
-    fields = {f.name: f.default for f in dataclasses.fields(cls)}
-    aliases = {**{k: v for k, v in SHARED_ALIASES.items() if (v if isinstance(v, str) else v[0]) in fields}, **aliases}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    hints, defaults, given = get_type_hints(cls), {f.name: f.default for f in fields(cls)}, {}
+    aliases = {k: v for k, v in SHARED_ALIASES.items() if (v if isinstance(v, str) else v[0]) in defaults} | aliases
+
+    def has_value() -> bool:
+        return bool(words) and not words[0].startswith("--")
 
     def value(name: str) -> str:
-        if not words or words[0].startswith("--"):
-            fail(f"--{name} needs a value; --help lists the flags")
-        return words.pop(0)
+        return words.pop(0) if has_value() else fail(f"--{name} needs a value; --help lists the flags")
 
     while words:
-        word, equals, text = words.pop(0).partition("=")
-        if equals:
-            words.insert(0, text)
+        word, text = words.pop(0), None
         name = word[2:].replace("-", "_")
-        alias, text = aliases.get(name, name) if word.startswith("--") else "", None
-        if isinstance(alias, dict):  # value -> (flag, value), or None: accepted and dropped; an own flag keeps other values
+        alias = aliases.get(name, name) if word.startswith("--") else ""
+        if isinstance(alias, dict):  # value -> (flag, value), or None: dropped; an own flag keeps other values
             text = value(name)
-            if text not in alias and name not in fields:
+            if text not in alias and name not in defaults:
                 fail(f"--{name} {text}: not one of {', '.join(alias)}{nearest(text, alias)}")
             if alias.get(text, 0) is None:
                 continue
@@ -1599,27 +1597,26 @@ def given_flags(cls: type, aliases: dict, argv: list[str]) -> dict:
             alias, text = alias[0], alias[1].format(value(name)) if "{}" in str(alias[1]) else alias[1]
         if alias.startswith("no_") and hints.get(alias[3:]) is bool:
             alias, text = alias[3:], "false"
-        if alias not in fields:
-            fail(f"unknown flag {word}{nearest(name, [*fields, *aliases], '--')}; --help lists the flags")
-        if text is None and hints[alias] is bool:
-            text = words.pop(0) if words and not words[0].startswith("--") else "true"
-        elif text is None:
-            text = value(alias)
-            while typing.get_origin(hints[alias]) is tuple and words and not words[0].startswith("--"):
+        if alias not in defaults:
+            fail(f"unknown flag {word}{nearest(name, [*defaults, *aliases], '--')}; --help lists the flags")
+        if text is None:
+            text = value(alias) if hints[alias] is not bool or has_value() else "true"
+            while get_origin(hints[alias]) is tuple and has_value():
                 text += " " + words.pop(0)
-        given[alias] = convert(alias, hints[alias], fields[alias], str(text))
+        given[alias] = convert(alias, hints[alias], defaults[alias], str(text))
     return given
 
 
 def print_help(cls: type, presets: dict) -> NoReturn:
     """The docstring, then a line for each flag: type, the comment behind the field, default."""
-    source, hints = inspect.getsource(cls), typing.get_type_hints(cls)
+    source, hints = inspect.getsource(cls), get_type_hints(cls)
     print((cls.__doc__ if cls.__module__ == __name__ else sys.modules[cls.__module__].__doc__) or "", "\n\nflags")
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         comment = re.search(rf"^    {f.name}: [^#\n]*#\s*(.+)$", source, re.M)
-        kind = "|".join(map(str, typing.get_args(hints[f.name]))) if typing.get_origin(hints[f.name]) is Literal else \
-            getattr(hints[f.name], "__name__", "")
-        print(f"  --{f.name + ' ' + kind:<28} {comment[1] if comment else ''}" + (f" [{f.default}]" if f.default != "" else ""))
+        literal = get_origin(hints[f.name]) is Literal
+        kind = "|".join(map(str, get_args(hints[f.name]))) if literal else getattr(hints[f.name], "__name__", "")
+        default = f" [{f.default}]" if f.default != "" else ""
+        print(f"  --{f.name + ' ' + kind:<28} {comment[1] if comment else ''}{default}")
     print(f"\npresets: {', '.join([*presets, 'none'])}" if presets else "")
     raise SystemExit(0)
 
@@ -1633,35 +1630,36 @@ def preset_values(presets: dict, given: dict, defaults: dict) -> dict:
     if given.get("teacher_ckpt") and "teacher" not in given:  # the file decides which row applies
         given["teacher"] = load_teacher(given["teacher_ckpt"])[1]["arch"]
     look = {**defaults, **chosen.get("*", {}), **smoke, **given}
-    pairs = [(look.get("dataset"), t, look.get("student")) for t in (look.get("teacher", ""), look.get("teacher", "").removesuffix("_a"))]
-    row = next((chosen[pair] for pair in pairs if pair in chosen), {})
+    dataset, teacher, student = (look.get(k, "") for k in ("dataset", "teacher", "student"))
+    row = chosen.get((dataset, teacher, student)) or chosen.get((dataset, teacher.removesuffix("_a"), student), {})
     return {**chosen.get("*", {}), **row, **smoke, **({"smoke": True} if name == "smoke" else {})}
 
 
-def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None, argv: Optional[list] = None) -> Any:
+def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None,
+               argv: Optional[list] = None) -> Any:
     """An instance of the dataclass: its defaults < preset < --smoke < explicit flags (kept in args.given).
 
-    With --resume everything comes from the run's config.json; with --evaluate RUN the run's settings replace the preset.
+    With --resume everything comes from the run's config.json; with --evaluate RUN its settings replace the preset.
     """
     argv, presets = sys.argv[1:] if argv is None else argv, presets or {}
     if {"-h", "--help"} & set(argv):
         print_help(cls, presets)
     given = given_flags(cls, aliases or {}, argv)
     method = getattr(cls, "METHOD", Path(inspect.getfile(cls)).stem)
-    values = {f.name: f.default for f in dataclasses.fields(cls)}
+    values = {f.name: f.default for f in fields(cls)}
     source = Path(given.get("resume") or given.get("evaluate") or ".")
     folder = source.parent if source.name == "ckpt_last.pt" or given.get("evaluate") and not source.is_dir() else source
     config = read_json(folder / "config.json") if given.get("resume") or given.get("evaluate") else {}
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config.get("args", {}).items() if k in values}
     if given.get("resume"):
-        if not {"method", "args", "given", "derived"} <= config.keys() and config.get("method", method) == method:
-            fail(f"--resume {folder}: no run folder (it has no readable config.json); give the folder that a run printed")
-        if config.get("method") != method:
-            fail(f"--resume {folder}: that is a run of {config.get('method')}, not of {method}; resume it with its own script")
+        if config.get("method", method) != method:
+            fail(f"--resume {folder}: a run of {config['method']}, not of {method}; resume it with its own script")
+        if not {"method", "args", "given", "derived"} <= config.keys():
+            fail(f"--resume {folder}: no run folder (no readable config.json); give the folder that a run printed")
         for name, value in given.items():
             if name not in ("resume", *FREE_ON_RESUME) and saved.get(name) != value:
-                fail(f"--{name} {value} differs from the run's {saved.get(name)}; a resumed run keeps its settings (only "
-                     f"{', '.join('--' + n for n in FREE_ON_RESUME)} may change)")
+                fail(f"--{name} {value} differs from the run's {saved.get(name)}, which it keeps; only "
+                     f"{', '.join('--' + n for n in FREE_ON_RESUME)} may change")
         values.update(saved)
         given["resume"] = str(folder)
     elif config:
@@ -1675,8 +1673,8 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
     return args
 
 
-def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None, argv: Optional[list] = None
-        ) -> None:
+def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None,
+        argv: Optional[list] = None) -> None:
     """Parse, run, and turn what a user can mend into one line: exit 0 done, 1 not finite, 2 bad input, 130 Ctrl-C."""
     try:
         main(parse_args(cls, presets, aliases, argv))
@@ -1692,7 +1690,7 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
 
 
 def evaluate_file(args: Any) -> dict:
-    """Every metric of args.evaluate (a run folder, a student or a teacher); Agree@1 and L_p where the teacher is at hand."""
+    """Every metric of args.evaluate (a run folder or any checkpoint); Agree@1, L_p where the teacher is at hand."""
     path, device = Path(args.evaluate), pick_device(args.device)
     path = path / "student.pt" if path.is_dir() else path
     if not path.is_file():
@@ -1702,12 +1700,14 @@ def evaluate_file(args: Any) -> dict:
     net, info = load_teacher(path, getattr(args, "arch", "") or own, data.num_classes)
     if args.teacher and teacher_file(args, data)[0].is_file():
         get_teacher(args, data)
-    data.set_norm(args.norm if "norm" in args.given else info["norm"] or (args.norm if args.norm != "auto" else data.norm))
-    logits = predict(net.to(device, memory_format=torch.channels_last), data)
-    params, macs = count_params_macs(net, data.image_size)
+    fallback = args.norm if args.norm != "auto" else data.norm
+    data.set_norm(args.norm if "norm" in args.given else info["norm"] or fallback)
+    model = Upsampled(net, args.input_size) if getattr(args, "input_size", 0) else net
+    logits = predict(model.to(device, memory_format=torch.channels_last), data)
+    params, macs = count_params_macs(model, data.image_size)
     row = {**accuracy(logits, data.test_y), **(agreement(logits, data.t_logits) if data.t_logits is not None else {})}
-    print(f"{path}: {info['arch']}, {params:,} parameters, {macs / 1e6:.1f} M MACs, norm {data.norm}, {len(logits)} test images\n" +
-          "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+    print(f"{path}: {info['arch']}, {params:,} parameters, {macs / 1e6:.1f} M MACs, norm {data.norm}, {len(logits)} "
+          "test images\n" + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
     return {"method": "eval", "dataset": args.dataset, "student": info["arch"], "last": row.pop("top1"), **row,
             "n_test": len(logits), "params": params, "macs": macs, "norm": data.norm}
 
@@ -1722,6 +1722,7 @@ class EvalArgs:
     data_url: str = ""  # own mirror of the archive, tried first
     limit_test: int = 0  # class-balanced part of the test images; 0 = all
     arch: str = ""  # network of the file; read off its shapes if not given
+    input_size: int = 0  # score it behind a bilinear up-sampling to this size; 0 = the data's own
     norm: str = "auto"  # name in NORMS or six numbers; auto = the file's, else the data set's
     teacher: str = ""  # also print Agree@1 and L_p against this teacher; a run folder brings its own
     teacher_ckpt: str = ""  # the teacher's checkpoint
@@ -1742,7 +1743,7 @@ def eval_command(args: EvalArgs) -> None:
 class DataArgs:
     """Fetch, check and cache a data set, and draw some of its images."""
     METHOD: ClassVar[str] = "data"
-    dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own (the flag's name may be left out)
+    dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder (the flag's name may be left out)
     data_dir: str = "./data"  # where data sets and their cache are kept
     data_url: str = ""  # own mirror of the archive, tried first
     grid: str = ""  # PNG to draw, ten test images of each of the first twenty classes
@@ -1752,8 +1753,9 @@ def data_command(args: DataArgs) -> None:
     if args.grid and Path(args.grid).suffix.lower() != ".png":
         fail(f"--grid {args.grid}: give a name that ends in .png")
     data = load_data(args.dataset, args.data_dir, data_url=args.data_url)
-    print(f"{data.name}: {len(data.train_x)} train and {len(data.test_x)} test images of {data.image_size}x{data.image_size}, "
-          f"{data.num_classes} classes ({', '.join(data.classes[:10])}{', ...' if data.num_classes > 10 else ''})")
+    names = ", ".join(data.classes[:10]) + (", ..." if data.num_classes > 10 else "")
+    print(f"{data.name}: {len(data.train_x)} train and {len(data.test_x)} test images of {data.image_size}x"
+          f"{data.image_size}, {data.num_classes} classes ({names})")
     if args.grid:
         rows = min(20, data.num_classes)
         index = torch.cat([torch.nonzero(data.test_y == c)[:10, 0] for c in range(rows)])
@@ -1791,5 +1793,5 @@ if __name__ == "__main__":
     if command not in COMMANDS:
         fail(f"unknown command {command}{nearest(command, COMMANDS)}; choose one of {', '.join(COMMANDS)}")
     if flags and not flags[0].startswith("-"):
-        flags.insert(0, f"--{dataclasses.fields(COMMANDS[command][1])[0].name}")
+        flags.insert(0, f"--{fields(COMMANDS[command][1])[0].name}")
     cli(*COMMANDS[command], argv=flags)
