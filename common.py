@@ -757,13 +757,13 @@ def draw_shapes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             near, far = np.abs(ex + ey * q[7]), np.abs(ey - ex * q[7])
             speck = np.clip(np.minimum(1.3 - near, 3.5 + 2.5 * q[8] - far) * (q[9] < -0.3), 0, 1)[:, None]
             wave = np.abs((col * q[10] + row * q[11]) * 0.15 % 2 - 1) * q[12] + (col * q[13] + row * q[14]) / 16
-            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 36  # of background, shape and speck
+            hues = q[15:24].reshape(3, 3, -1).transpose(0, 2, 1)[..., None, None] * 48  # of background, shape and speck
             hues = hues - (hues[:, :, :1] * 0.3 + hues[:, :, 1:2] * 0.6 + hues[:, :, 2:] * 0.1)  # keep the brightness
-            light, gap = 128 + 30 * q[24], 64 + 12 * q[26]
+            light, gap = 128 + 30 * q[24], np.copysign(60 + 15 * q[26], q[25] + 0.7)  # mostly brighter
             back = hues[0] + (light - gap)[:, None] + q[27:30, :].transpose(1, 0, 2, 3) * 12 * wave[:, None]
             back += (hues[2] + (light + gap * q[30])[:, None] - back) * speck
             back += (hues[1] + (light + gap)[:, None] - back) * np.clip(0.5 - dist * size, 0, 1)[:, None]
-            back += (noise[i] - np.float32(127.5)) * (0.07 + 0.04 * q[31])[:, None]
+            back += (noise[i] - np.float32(127.5)) * (0.08 + 0.05 * q[31])[:, None]
             x[i] = np.clip(back, 0, 255).transpose(0, 2, 3, 1).astype(np.uint8)
     return x, y.astype(np.int64)
 
