@@ -30,39 +30,33 @@ def metrics(folder: Path) -> list:
 def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
     """command without --run_name; the first run is left alone, the second is killed `kills` times."""
     rng, begin = random.Random(seed), time.time()
-    whole = start([*command, "--run_name", "whole"], cwd)
+    whole, folder = start([*command, "--run_name", "whole"], cwd), cwd / "runs" / "killed"
+    while whole.poll() is None and not (cwd / "runs" / "whole" / "ckpt_last.pt").exists():
+        time.sleep(0.05)
+    ready = time.time() - begin
     text = whole.communicate()[0]
     assert whole.returncode == 0, text
-    seconds, folder = time.time() - begin, cwd / "runs" / "killed"
-    plan = [*command, "--run_name", "killed"]
-    script = command[:2] if command[0] == "common.py" else command[:1]
-    for k in range(kills):
-        run = start(plan, cwd)
-        wait = rng.uniform(0.2, 1) * seconds / (1 + kills / 4) + 1
+    work = time.time() - begin - ready
+    plan, resume = [*command, "--run_name", "killed"], command[:2] if command[0] == "common.py" else command[:1]
+    done = 0
+    while not (folder / "result.json").is_file():
+        run, wait = start(plan, cwd), ready + rng.uniform(-0.3, 1.3) * work / kills  # half a share of the work each time
         try:
-            text = run.communicate(timeout=wait)[0]
+            text = run.communicate(timeout=wait if done < kills else None)[0]
             assert run.returncode == 0, text
-            print(f"kill {k + 1}: the run was already finished")
-            break
         except subprocess.TimeoutExpired:
             run.kill()
             run.communicate()
-        made = (folder / "config.json").is_file()
-        print(f"kill {k + 1} after {wait:.1f} s: {'resuming' if made else 'nothing to resume yet'}", flush=True)
-        if made:
-            plan = [*script, "--resume", str(folder)]
-        else:
-            assert not folder.exists() or not (folder / "ckpt_last.pt").exists()
-            plan = [*command, "--run_name", f"killed{k}"]
-            folder = cwd / "runs" / f"killed{k}"
-    if not (folder / "result.json").is_file():
-        run = start(plan, cwd)
-        text = run.communicate()[0]
-        assert run.returncode == 0, text
+            done += 1
+            print(f"kill {done} after {wait:.1f} s", flush=True)
+        if (folder / "config.json").is_file():
+            plan = [*resume, "--resume", str(folder)]
+        elif folder.exists():  # killed while the folder was made: a fresh run never enters it
+            folder.rename(folder.with_name(f"aside{done}"))
     a, b = (torch.load(f / "student.pt", weights_only=True) for f in (cwd / "runs" / "whole", folder))
-    assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys(), "weights differ"
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "weights differ"
     assert metrics(cwd / "runs" / "whole") == metrics(folder), "metrics differ"
-    print(f"bit-equal after {kills} kills: {len(a)} tensors, {len(metrics(folder))} lines of metrics")
+    print(f"bit-equal after {done} kills: {len(a)} tensors, {len(metrics(folder))} lines of metrics")
 
 
 if __name__ == "__main__":
