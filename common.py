@@ -1497,7 +1497,7 @@ def table(rows: list[dict]) -> str:
                       f"**{mean(group, 'last')}**", mean(group, "best"),
                       f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
                       mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
-                      f"{first.get('real_images')} / {first.get('synthetic_images')}",
+                      f"{first['real_images']} / {first['synthetic_images']}" if "real_images" in first else "",
                       ", ".join(str(row["seed"]) for row in group if "seed" in row)))
     if rows and "bench" in rows[0]:
         head, lines = list(rows[0]), [map(str, row.values()) for row in rows]
