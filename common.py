@@ -1500,8 +1500,9 @@ def table(rows: list[dict]) -> str:
                       f"{first['real_images']} / {first['synthetic_images']}" if "real_images" in first else "",
                       ", ".join(str(row["seed"]) for row in group if "seed" in row)))
     if rows and "bench" in rows[0]:
-        head, lines = list(rows[0]), [map(str, row.values()) for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+        head, lines = list(rows[0]), [list(map(str, row.values())) for row in rows]
+    used = [i for i in range(len(head)) if any(line[i] for line in lines)]  # no empty columns
+    return "\n".join("| " + " | ".join(line[i] for i in used) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def results_path(name: str) -> Path:
