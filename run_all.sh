@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything with one command, on a fresh machine too (an active virtual environment is used, otherwise .venv is made).
 #
-#   bash run_all.sh demo      the shapes teacher, trained and scored on a CPU: about two minutes after installation
+#   bash run_all.sh demo      the shapes teacher, trained and scored on a CPU: under a minute after installation
 #   bash run_all.sh test      the whole test suite; arguments go to pytest (-m "not slow", -k NAME ...)
 #   bash run_all.sh table     the tables of README.md from tests/results/*.jsonl
 #
@@ -17,7 +17,10 @@ environment() {
   fi
   python -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
   for package in "$@"; do
-    python -c "import $package" 2>/dev/null || { echo "installing into $VIRTUAL_ENV"; python -m pip install -q -r requirements.txt "$@"; break; }
+    python -c "import $package" 2>/dev/null && continue
+    echo "installing into $VIRTUAL_ENV"
+    python -m pip install -q -r requirements.txt "$@"
+    break
   done
 }
 

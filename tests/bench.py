@@ -1,7 +1,7 @@
-"""Times what this project does against the plain form of it, alternating in one process, in CPU seconds of all its workers.
+"""Times what this project does against the plain form of it, alternating in one process, in CPU seconds.
 
   python tests/bench.py data      one augmented, shuffled, normalised epoch of 50,000 CIFAR-sized images
-  python tests/bench.py start     from the end of `import torch` to the first step, CIFAR-10 cached (needs DATA_DIR or ./data)
+  python tests/bench.py start     from the end of `import torch` to the first step, CIFAR-10 in DATA_DIR or ./data
   python tests/bench.py all       both; add --keep to put the rows into tests/results/speed.jsonl
 """
 import os
@@ -20,7 +20,9 @@ import common  # noqa: E402
 
 
 def cpu_seconds() -> float:
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    """Of this process and of the workers it has waited for."""
+    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def alternate(plain, ours, rounds: int) -> tuple[float, float]:
@@ -36,24 +38,24 @@ def alternate(plain, ours, rounds: int) -> tuple[float, float]:
 
 def row(name: str, plain: float, ours: float) -> dict:
     print(f"{name}: plain {plain:.2f} s, ours {ours:.2f} s, ratio {plain / ours:.1f}")
-    return {"bench": name, "plain, CPU s": f"{plain:.2f}", "ours, CPU s": f"{ours:.2f}", "ratio": f"**{plain / ours:.1f}×**",
-            "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
+    return {"bench": name, "plain, CPU s": f"{plain:.2f}", "ours, CPU s": f"{ours:.2f}",
+            "ratio": f"**{plain / ours:.1f}×**", "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
 
 
 def bench_data() -> list[dict]:
-    """A torchvision DataLoader with PIL transforms and 2 workers against Data.augment; batch 256, float32, one torch thread."""
+    """A torchvision DataLoader with PIL transforms and 2 workers against Data.augment; batch 256, one torch thread."""
     from PIL import Image
     from torchvision import transforms
     torch.set_num_threads(1)
     rng = np.random.RandomState(0)
     x, y = rng.randint(0, 256, (50000, 3, 32, 32), np.uint8), rng.randint(0, 10, 50000)
-    data = common.Data("cifar10", lambda split: (x if split == "train" else x[:10], y if split == "train" else y[:10], list("0123456789")))
+    data = common.Data("cifar10", lambda split: (x, y, list("0123456789")), norm="cifar10")
     generator, seen = torch.Generator().manual_seed(0), {}
     pictures = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
 
     class Pictures(torch.utils.data.Dataset):
-        steps = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                    transforms.Normalize(data.mean, data.std)])
+        steps = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+                                    transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
 
         def __len__(self) -> int:
             return len(pictures)
@@ -100,13 +102,14 @@ def bench_start() -> list[dict]:
         torch.save({"state_dict": common.build_model("resnet20", 10).state_dict()}, f"{out}/t.pt")
         for attempt in ("first (makes the cache if there is none)", "second", "third"):
             done = subprocess.run(
-                [sys.executable, "-c", START, "--dataset", "cifar10", "--data_dir", data_dir, "--teacher_ckpt", f"{out}/t.pt",
-                 "--out_dir", f"{out}/{attempt}", "--allow_weak_teacher", "--student", "resnet8"], capture_output=True, text=True,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+                [sys.executable, "-c", START, "--dataset", "cifar10", "--data_dir", data_dir, "--student", "resnet8",
+                 "--teacher_ckpt", f"{out}/t.pt", "--out_dir", f"{out}/{attempt}", "--allow_weak_teacher"],
+                capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
             words = [line.split() for line in done.stdout.splitlines() if line.startswith("SECONDS")]
             if not words:
                 sys.exit(done.stderr)
-            print(f"{attempt} start: import common {float(words[0][1]):.2f} s, to the first step {float(words[0][2]):.2f} s (wall)")
+            imported, first_step = map(float, words[0][1:])
+            print(f"{attempt} start: import common {imported:.2f} s, to the first step {first_step:.2f} s (wall)")
     return []
 
 

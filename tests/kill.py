@@ -1,4 +1,4 @@
-"""Proves that a run survives SIGKILL: killed at random moments and resumed each time, it ends bit-equal to an untouched run.
+"""Proves that a run survives SIGKILL: killed at random moments and resumed, it ends bit-equal to an untouched run.
 
   python tests/kill.py --kills 10 common.py train --dataset shapes --arch resnet8 --epochs 4 --save_every 1
 """
@@ -40,7 +40,8 @@ def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
     plan, resume = [*command, "--run_name", "killed"], command[:2] if command[0] == "common.py" else command[:1]
     done = 0
     while not (folder / "result.json").is_file():
-        run, wait = start(plan, cwd), ready + rng.uniform(-0.3, 1.3) * work / kills  # half a share of the work each time
+        wait = ready + rng.uniform(-0.3, 1.3) * work / kills  # on average half a share of the work
+        run = start(plan, cwd)
         try:
             text = run.communicate(timeout=wait if done < kills else None)[0]
             assert run.returncode == 0, text

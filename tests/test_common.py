@@ -1,4 +1,4 @@
-"""Tests of common.py. Golden tests (test_golden_*) read GOLDEN_DIR; real files are used where DATA_DIR / TEACHER_DIR point."""
+"""Tests of common.py. Golden tests (test_golden_*) read GOLDEN_DIR; DATA_DIR and TEACHER_DIR point to real files."""
 import argparse
 import copy
 import dataclasses
@@ -37,7 +37,8 @@ needs_teachers = pytest.mark.skipif(not TEACHERS, reason="TEACHER_DIR (folder wi
 GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "common.npz")
 CONFIG = json.loads(bytes(GOLDEN["config"]))
 NETS = json.loads(bytes(GOLDEN["net/index"]))
-READ = (r"config", r"fill/salt", r"x/\w+", r"net/index", r"net/.+/(meta|logits_std|logits|feat|logits_train|bnstat_train)",
+READ = (r"config", r"fill/salt", r"x/\w+", r"net/index",
+        r"net/.+/(meta|logits_std|logits|feat|logits_train|bnstat_train)",
         r"sgd/\w+/(y|hyp|loss|abs_sum|sq_sum)", r"norm/in", r"norm/\w+/(mean_std|out)", r"crop/\d+/(in|dy|dx|flip|out)",
         r"eval/\w+/(student|teacher|labels|acc1|acc5|agree1|loss|lp_official|lp_single_sqrt|js_distance)",
         r"fewshot/netgraft/\w+/(positions|sorted_index)", r"fewshot/pgdi/\d+/(labels|seed_shots|indices)",
@@ -81,11 +82,12 @@ def golden_net(case, rule, tmp_path, wrap=lambda sd: {"state_dict": sd}):
 
 @pytest.mark.parametrize("case", NETS)
 def test_golden_network(case, tmp_path):
-    net, info, meta = golden_net(case, "live", tmp_path, wrap=lambda sd: {"model": {f"module.{k}": v for k, v in sd.items()}})
+    net, info, meta = golden_net(case, "live", tmp_path, LAYOUTS["module"])
     zoo, name, classes = case.split("/")
     params, macs = common.count_params_macs(net, meta["input"])
     buffers = sum(b.numel() for b in net.buffers())
-    assert (info["num_classes"], params, macs, buffers) == (meta["classes"], meta["params"], meta["macs"], meta["buffers"])
+    assert (info["num_classes"], params, macs, buffers) == (meta["classes"], meta["params"], meta["macs"],
+                                                            meta["buffers"])
     official = [[re.sub(r"^linear\.", "fc.", k.replace(".shortcut.", ".downsample.")), list(v.shape)]
                 for k, v in net.state_dict().items()]
     ours = [[k, list(v.shape)] for k, v in net.state_dict().items()]
@@ -143,7 +145,8 @@ def fake_data(x=None, norm="half", classes=10, size=32, n=4):
 def test_golden_norm(name):
     constants = GOLDEN[f"norm/{name}/mean_std"]
     assert np.abs(np.array(common.NORMS.get(name, constants)) - constants).max() < 1e-12
-    data = fake_data(GOLDEN["norm/in"].transpose(0, 3, 1, 2), name if name in common.NORMS else constants.ravel().tolist())
+    data = fake_data(GOLDEN["norm/in"].transpose(0, 3, 1, 2),
+                     name if name in common.NORMS else constants.ravel().tolist())
     n = CONFIG["norm"]["images"]
     close(data.normalize(data.test_x)[:n], GOLDEN[f"norm/{name}/out"], 2e-6)
     close(data.normalize(data.test_x.float() / 255)[:n], GOLDEN[f"norm/{name}/out"], 2e-6)
@@ -162,11 +165,13 @@ def test_golden_crop(size):
 
 @pytest.mark.parametrize("case", CONFIG["eval"])
 def test_golden_eval(case):
-    g = {k: GOLDEN[f"eval/{case}/{k}"] for k in ("student", "teacher", "labels", "acc1", "acc5", "agree1", "loss", "lp_official",
+    g = {k: GOLDEN[f"eval/{case}/{k}"] for k in ("student", "teacher", "labels", "acc1", "acc5", "agree1", "loss",
+                                                 "lp_official",
                                                  "lp_single_sqrt", "js_distance")}
     s, t = torch.from_numpy(g["student"]), torch.from_numpy(g["teacher"])
     scores = {**common.accuracy(s, torch.from_numpy(g["labels"])), **common.agreement(s, t)}
-    for key, ours, tolerance in (("acc1", "top1", 1e-9), ("acc5", "top5", 1e-9), ("agree1", "agree1", 1e-6), ("loss", "loss", 1e-5),
+    for key, ours, tolerance in (("acc1", "top1", 1e-9), ("acc5", "top5", 1e-9), ("agree1", "agree1", 1e-6),
+                                 ("loss", "loss", 1e-5),
                                  ("lp_official", "L_p", 1e-5), ("lp_single_sqrt", "L_p_sqrt", 1e-5)):
         assert abs(scores[ours] - float(g[key])) <= tolerance * max(1, abs(float(g[key]))), key
     assert np.abs(common.js_distance(s, t).numpy() - g["js_distance"]).max() <= 1e-6
@@ -175,7 +180,8 @@ def test_golden_eval(case):
 @pytest.mark.parametrize("name", CONFIG["fewshot"].get("netgraft", {}))
 def test_golden_fewshot_netgraft(name):
     c = CONFIG["fewshot"]["netgraft"][name]
-    labels, starts = np.repeat(np.arange(c["classes"]), c["per_class"]), np.arange(c["classes"])[:, None] * c["per_class"]
+    labels = np.repeat(np.arange(c["classes"]), c["per_class"])
+    starts = np.arange(c["classes"])[:, None] * c["per_class"]
     index = common.few_shot_indices(labels, c["shots"], "netgraft", c["seed"]).reshape(c["classes"], -1)
     assert np.array_equal(index - starts, GOLDEN[f"fewshot/netgraft/{name}/positions"])
     if f"fewshot/netgraft/{name}/sorted_index" in GOLDEN:
@@ -245,8 +251,10 @@ def test_features_and_sizes():
 
 
 def test_names_and_aliases():
-    for spelling, name in (("WRN-40-2", "wrn40_2"), ("wrn_16_1", "wrn16_1"), ("ResNet34_8x", "resnet34"), ("cifar_resnet50", "resnet50"),
-                           ("vgg11_bn", "vgg11"), ("vgg16-half", "vgg16_half"), ("VGG16-graft", "netgraft_vgg16_student"),
+    for spelling, name in (("WRN-40-2", "wrn40_2"), ("wrn_16_1", "wrn16_1"), ("ResNet34_8x", "resnet34"),
+                           ("cifar_resnet50", "resnet50"),
+                           ("vgg11_bn", "vgg11"), ("vgg16-half", "vgg16_half"),
+                           ("VGG16-graft", "netgraft_vgg16_student"),
                            ("ResNet18_8x_Small", "resnet18_small")):
         assert common.canonical(spelling) == name and name in common.MODELS
     assert len(common.MODELS) == len(set(common.MODELS)) >= 35
@@ -264,7 +272,8 @@ def test_folded_network_adds_its_bias_by_position(tmp_path):
     conv, h = net.features[4][0], torch.rand(1, 256, 2, 2)
     assert torch.allclose(conv(h), F.conv2d(h, conv.weight, padding=1) + conv.bias_map)
     plain = {k: v for k, v in net.state_dict().items() if "bias_map" not in k}
-    torch.save({**plain, "features.4.0.bias": torch.zeros(256)}, tmp_path / "b.pt")  # bias-free 1x1 convs fold into a plain conv
+    # bias-free 1x1 convs fold into a plain conv
+    torch.save({**plain, "features.4.0.bias": torch.zeros(256)}, tmp_path / "b.pt")
     assert common.load_teacher(tmp_path / "b.pt")[1]["arch"] == "netgraft_vgg16_folded"
 
 
@@ -278,7 +287,8 @@ def test_initialisation():
     assert abs(akamaster.linear.weight.std().item() / math.sqrt(2 / 64) - 1) < 0.15
     assert abs(akamaster.layer1[0].conv1.weight.std().item() / math.sqrt(2 / (16 * 9)) - 1) < 0.1
     vgg = common.build_model("vgg8", 10)
-    assert abs(vgg.classifier.weight.std().item() / 0.01 - 1) < 0.1 and not vgg.block0[0].bias.any() and not vgg.classifier.bias.any()
+    assert abs(vgg.classifier.weight.std().item() / 0.01 - 1) < 0.1 and not vgg.block0[0].bias.any()
+    assert not vgg.classifier.bias.any()
     assert not common.build_model("wrn16_1", 10).fc.bias.any()
     torch.manual_seed(1)
     default = common.build_model("resnet18", 10, init="default")
@@ -289,7 +299,8 @@ def test_own_network(tmp_path):
     (tmp_path / "mynet.py").write_text(
         "import torch.nn as nn\n"
         "def small(num_classes):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
         "                         nn.Linear(8, num_classes))\n")
     spec = f"{tmp_path}/mynet.py:small"
     net = common.build_model(spec, 5).eval()
@@ -318,9 +329,11 @@ LAYOUTS = {
     "compiled": lambda sd: {"net": {f"_orig_mod.{k}": v for k, v in sd.items()}},
     "model_state_dict": lambda sd: {"model_state_dict": sd, "accuracy": 0.915},
     "ema only": lambda sd: {"state_dict_ema": sd},
-    "timm": lambda sd: {"state_dict": sd, "args": argparse.Namespace(model="x", lr=0.1), "metric": np.float64(72.94), "arch": "wrong"},
+    "timm": lambda sd: {"state_dict": sd, "args": argparse.Namespace(model="x", lr=0.1), "metric": np.float64(72.94),
+                        "arch": "wrong"},
     "half": lambda sd: {k: v.half() if v.is_floating_point() else v for k, v in sd.items()},
-    "old": lambda sd: {"state_dict": {k: v for k, v in sd.items() if "num_batches" not in k}, "best_prec1": torch.tensor(91.5)}}
+    "old": lambda sd: {"state_dict": {k: v for k, v in sd.items() if "num_batches" not in k},
+                       "best_prec1": torch.tensor(91.5)}}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -336,12 +349,13 @@ def test_layouts(arch, layout, tmp_path):
     x = torch.rand(2, 3, 32, 32)
     close(loaded(x), net(x).detach(), 5e-3 if layout == "half" else 1e-7)
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
-    assert info["acc1"] == pytest.approx({"state_dict": 91.5, "model_state_dict": 91.5, "timm": 72.94, "old": 91.5}.get(layout), abs=1e-4)
+    assert info["acc1"] == pytest.approx({"state_dict": 91.5, "model_state_dict": 91.5, "timm": 72.94,
+                                          "old": 91.5}.get(layout), abs=1e-4)
 
 
 @pytest.mark.parametrize("home", ("numpy.core.multiarray", "numpy._core.multiarray"))
 def test_numpy_scalars_of_both_generations(home, tmp_path):
-    module = sys.modules["numpy._core.multiarray"] if "numpy._core.multiarray" in sys.modules else sys.modules["numpy.core.multiarray"]
+    module = common.NUMPY_CORE.multiarray
 
     class Pickler(pickle._Pickler):
         def save_global(self, obj, name=None):
@@ -393,14 +407,15 @@ def test_upsample():
 @needs_data
 @needs_teachers
 @pytest.mark.slow
-@pytest.mark.parametrize("file, top1, arch", (("resnet20-12fca82f.th", 91.73, "resnet20_a"), ("resnet56-4bfd9763.th", 93.39, "resnet56_a")))
+@pytest.mark.parametrize("file, top1, arch", (("resnet20-12fca82f.th", 91.73, "resnet20_a"),
+                                              ("resnet56-4bfd9763.th", 93.39, "resnet56_a")))
 def test_real_teacher_scores_as_published(file, top1, arch, tmp_path):
     args = common.parse_args(common.EvalArgs, argv=["--evaluate", f"{TEACHERS}/{file}", "--data_dir", REAL])
     row = common.evaluate_file(args)
     assert row["student"] == arch and abs(row["last"] - top1) <= 0.02
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation, seeds
+# -------------------------------------------------------------------------------------------------- evaluation, seeds
 
 def test_equal_logits_agree_exactly():
     logits = torch.randn(50, 10) * 20
@@ -442,7 +457,7 @@ def test_rng_kept():
     assert (random.random(), np.random.rand(), torch.rand(1)) == want
 
 
-# ----------------------------------------------------------------------------------------------------- runs and the command line
+# ------------------------------------------------------------------------------------------ runs and the command line
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -455,7 +470,8 @@ def world(tmp_path_factory):
         y = np.arange(n) % 4
         x = np.clip(rng.randint(0, 160, (n, 32, 32, 3)) + tint[y][:, None, None], 0, 255).astype(np.uint8)
         np.savez(path / "own" / f"{split}.npz", x=x, y=y, classes=["red", "green", "blue", "white"])
-    run_python(path, "common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "6", "--batch_size", "20",
+    run_python(path, "common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "6", "--batch_size",
+               "20",
                "--lr", "0.05", "--run_name", "t")
     shutil.copy(next((path / "data" / "teachers").glob("own_resnet8-*.pt")), path / "teacher.pt")
     return path
@@ -463,7 +479,8 @@ def world(tmp_path_factory):
 
 def run_python(cwd, script, *argv, check=True, **more):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **more}
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], cwd=cwd, env=env, capture_output=True,
+                          text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -473,7 +490,8 @@ def toy_run(world, tmp_path, monkeypatch):
     """main of the toy method in a folder of its own: toy_run("--epochs", "3") -> (result or exit code, run folder)."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "own", tmp_path / "own")
-    base = ["--dataset", "own", "--teacher_ckpt", str(world / "teacher.pt"), "--student", "resnet8", "--batch_size", "16",
+    base = ["--dataset", "own", "--teacher_ckpt", str(world / "teacher.pt"), "--student", "resnet8", "--batch_size",
+            "16",
             "--epochs", "4", "--log_every", "1", "--save_every", "1"]
 
     def go(*argv, base=base):
@@ -498,22 +516,28 @@ def same_weights(a, b):
 def test_run_folder(toy_run):
     result = toy_run("--run_name", "a", "--seed", "5")
     folder = Path("runs/a")
-    assert {f.name for f in folder.iterdir()} == {"config.json", "src", "metrics.jsonl", "samples", "ckpt_last.pt", "student.pt",
+    assert {f.name for f in folder.iterdir()} == {"config.json", "src", "metrics.jsonl", "samples", "ckpt_last.pt",
+                                                  "student.pt",
                                                    "result.json"}
     config, stored = json.loads((folder / "config.json").read_text()), json.loads((folder / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
-    assert set(stored) >= {"method", "preset", "dataset", "teacher", "student", "shots", "seed", "teacher_top1", "last", "best",
-                           "best_epoch", "top5", "agree1", "L_p", "L_p_sqrt", "n_test", "real_images", "synthetic_images",
+    assert set(stored) >= {"method", "preset", "dataset", "teacher", "student", "shots", "seed", "teacher_top1", "last",
+                           "best",
+                           "best_epoch", "top5", "agree1", "L_p", "L_p_sqrt", "n_test", "real_images",
+                           "synthetic_images",
                            "seconds", "peak_mb", "device", "torch", "git", "paper"}
     assert stored["method"] == "toy" and stored["n_test"] == 41 and stored["real_images"] == 20 and stored["seed"] == 5
-    assert config["args"]["epochs"] == 4 and len(config["derived"]["teacher"]["sha256"]) == 64 and len(config["derived"]["shots"]) == 20
-    assert (folder / "src" / "toy.py").read_text() == (ROOT / "tests" / "toy.py").read_text() and (folder / "src" / "common.py").exists()
+    assert config["args"]["epochs"] == 4 and len(config["derived"]["teacher"]["sha256"]) == 64
+    assert len(config["derived"]["shots"]) == 20
+    assert (folder / "src" / "toy.py").read_text() == (ROOT / "tests" / "toy.py").read_text()
+    assert (folder / "src" / "common.py").exists()
     assert (folder / "samples" / "shots.png").stat().st_size > 1000
     rows = metrics(folder)
     assert [r["epoch"] for r in rows if "acc/test_top1" in r] == [0, 1, 2, 3] and "loss/kd" in rows[0]
     assert rows[-1]["acc/test_top1"] == stored["last"]
     state = torch.load(folder / "student.pt", weights_only=True)
-    assert list(state) == list(common.build_model("resnet8", 4).state_dict()) and not list(Path("runs").rglob("*.part*"))
+    assert list(state) == list(common.build_model("resnet8", 4).state_dict())
+    assert not list(Path("runs").rglob("*.part*"))
 
 
 def test_same_seed_same_metrics_other_seed_other(toy_run):
@@ -559,7 +583,8 @@ def test_ctrl_c_stops_at_the_end_of_the_epoch(toy_run, monkeypatch):
     monkeypatch.setattr(toy, "kd_loss", interrupting)
     before = signal.getsignal(signal.SIGINT)
     assert toy_run("--run_name", "b") == 130 and signal.getsignal(signal.SIGINT) is before
-    assert len(calls) == 4 and not Path("runs/b/result.json").exists()  # two steps an epoch: the second one was finished
+    # two steps an epoch: the second one was finished
+    assert len(calls) == 4 and not Path("runs/b/result.json").exists()
     assert isinstance(toy_run("--resume", "runs/b", base=[]), dict)
     assert metrics("runs/a") == metrics("runs/b")
 
@@ -595,8 +620,8 @@ def test_select_best_test_keeps_those_weights(toy_run, monkeypatch):
             result = toy_run("--run_name", name)
         assert (result["last"], result["best"], result["best_epoch"]) == (30.0, 60.0, 1)
         kept = torch.load(f"runs/{name}/student.pt", weights_only=True)
-        assert [all(torch.equal(kept[k], s[k]) for k in kept) for s in seen] == [select == "best_test" and e == 1 or
-                                                                                 select == "last" and e == 3 for e in range(4)]
+        chosen = [all(torch.equal(kept[k], state[k]) for k in kept) for state in seen]
+        assert chosen == [epoch == {"best_test": 1, "last": 3}[select] for epoch in range(4)]
 
 
 def test_several_students(tmp_path, monkeypatch):
@@ -666,8 +691,10 @@ def test_all_kinds_of_state_are_restored(tmp_path, monkeypatch):
 def test_teacher_is_made_cached_and_found_again(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "own", tmp_path / "own")
-    monkeypatch.setattr(common, "train_recipe", (lambda old: lambda a: {**old(a), "epochs": 2, "batch_size": 16})(common.train_recipe))
-    args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES, ["--dataset", "own", "--teacher", "resnet8", "--allow_weak_teacher"])
+    plain = common.train_recipe
+    monkeypatch.setattr(common, "train_recipe", lambda args: {**plain(args), "epochs": 2, "batch_size": 16})
+    args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES,
+                             ["--dataset", "own", "--teacher", "resnet8", "--allow_weak_teacher"])
 
     def teacher():
         common.seed_everything(0)
@@ -675,7 +702,8 @@ def test_teacher_is_made_cached_and_found_again(world, tmp_path, monkeypatch, ca
         return info, torch.rand(1).item(), net
 
     info, first, net = teacher()
-    assert "training one" in capsys.readouterr().out and not net.training and not any(p.requires_grad for p in net.parameters())
+    assert "training one" in capsys.readouterr().out and not net.training
+    assert not any(p.requires_grad for p in net.parameters())
     again, second, _ = teacher()
     assert "training" not in capsys.readouterr().out and info == again
     assert first == second  # a teacher made on the spot leaves the random streams as a cached one does
@@ -687,19 +715,22 @@ def test_teacher_is_made_cached_and_found_again(world, tmp_path, monkeypatch, ca
     assert info["norm"] == "half"
 
 
-@pytest.mark.parametrize("flags", (["--recipe", "multistep", "--milestones", "1", "--weight_decay", "1e-4"], ["--amp", "bf16"],
+@pytest.mark.parametrize("flags", (["--recipe", "multistep", "--milestones", "1", "--weight_decay", "1e-4"],
+                                   ["--amp", "bf16"],
                                    ["--input_size", "40", "--norm", "imagenet"], ["--deterministic"]))
 def test_teacher_options(world, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "own", tmp_path / "own")
-    base = ["--dataset", "own", "--arch", "resnet8", "--epochs", "2", "--batch_size", "20", "--run_name", "r", "--log_every", "1"]
+    base = ["--dataset", "own", "--arch", "resnet8", "--epochs", "2", "--batch_size", "20", "--run_name", "r",
+            "--log_every", "1"]
     path = common.train_teacher(common.parse_args(common.TrainArgs, argv=[*base, *flags]))
     torch.use_deterministic_algorithms(False)
     row = json.loads(Path("runs/r/result.json").read_text())
     lrs = [m["lr"] for m in metrics("runs/r") if "lr" in m]
     assert lrs == pytest.approx([0.1] * 4 + [0.01] * 4 if "multistep" in flags else
-                                [common.lr_at({"kind": "fast", "lr": 0.1 * 20 / 128, "epochs": 2}, k / 4) for k in range(8)])
-    assert common.evaluate_file(common.parse_args(common.EvalArgs, argv=["--evaluate", "runs/r"]))["last"] == row["last"]
+                                [common.lr_at({"kind": "fast", "lr": 2 / 128, "epochs": 2}, k / 4) for k in range(8)])
+    again = common.evaluate_file(common.parse_args(common.EvalArgs, argv=["--evaluate", "runs/r"]))
+    assert again["last"] == row["last"]
     assert torch.load(path, weights_only=True)["acc1"] == row["last"]
 
 
@@ -719,7 +750,8 @@ def test_norm_flag_teacher_preset_data(world, monkeypatch):
     def norm(*argv, presets=None, stored=None):
         if stored is not None:
             torch.save({**torch.load("teacher.pt", weights_only=True), "norm": stored}, "with_norm.pt")
-        args = common.parse_args(toy.Args, presets or toy.PRESETS, toy.ALIASES, [*base[:2], "--teacher_ckpt", "with_norm.pt", *argv])
+        args = common.parse_args(toy.Args, presets or toy.PRESETS, toy.ALIASES,
+                                 [*base[:2], "--teacher_ckpt", "with_norm.pt", *argv])
         args.allow_weak_teacher = True
         data = common.load_data("own")
         common.get_teacher(args, data)
@@ -738,12 +770,16 @@ def test_parse_args_layers_and_spellings():
     assert parse().T == 4.0 and parse("--preset", "hot").T == 8.0 and parse("--preset", "hot", "--T", "2").T == 2.0
     pair = ["--dataset", "CIFAR100", "--teacher", "wrn_40_2", "--student", "WRN-16-1"]
     args = parse(*pair)
-    assert (args.T, args.epochs, args.teacher, args.student, args.dataset) == (20.0, 30, "wrn40_2", "wrn16_1", "cifar100")
+    assert (args.teacher, args.student, args.dataset) == ("wrn40_2", "wrn16_1", "cifar100")
+    assert (args.T, args.epochs) == (20.0, 30)
     assert parse(*pair, "--preset", "none").epochs == 20 and parse(*pair, "--epochs=7").epochs == 7
-    assert parse("--smoke").dataset == "shapes" and parse("--smoke", "--epochs", "1").epochs == 1 and parse("--preset", "smoke").smoke
+    assert parse("--smoke").dataset == "shapes" and parse("--smoke", "--epochs", "1").epochs == 1
+    assert parse("--preset", "smoke").smoke
     assert parse("--batch-size", "8").batch_size == 8 and parse("--nshot", "3").shots == 3 and parse("--cold").T == 1.0
-    assert parse("--no-smoke").smoke is False and parse("--smoke", "False").smoke is False and parse("--smoke=True").smoke is True
-    assert parse("--gpu", "1").device == "cuda:1" and parse("--method", "hot").preset == "hot" and parse("--method", "toy").preset == "auto"
+    assert parse("--no-smoke").smoke is False and parse("--smoke", "False").smoke is False
+    assert parse("--smoke=True").smoke is True
+    assert parse("--gpu", "1").device == "cuda:1" and parse("--method", "hot").preset == "hot"
+    assert parse("--method", "toy").preset == "auto"
     assert parse("--data_root", "d", "--log_tag", "x", "--fewshot_n_per_class", "2").run_name == "x"
     args = common.parse_args(common.TrainArgs, argv=["--milestones", "3,4", "5", "--lr", "1e-2"])
     assert args.milestones == (3, 4, 5) and args.lr == 0.01 and args.given == ("lr", "milestones")
@@ -752,7 +788,8 @@ def test_parse_args_layers_and_spellings():
 def test_teacher_file_decides_the_preset_row(tmp_path):
     torch.save(common.build_model("wrn40_2", 100).state_dict(), tmp_path / "t.pth")
     args = common.parse_args(toy.Args, toy.PRESETS, toy.ALIASES,
-                             ["--dataset", "cifar100", "--student", "wrn16_1", "--teacher_ckpt", str(tmp_path / "t.pth")])
+                             ["--dataset", "cifar100", "--student", "wrn16_1", "--teacher_ckpt",
+                              str(tmp_path / "t.pth")])
     assert (args.teacher, args.T) == ("wrn40_2", 20.0)
 
 
@@ -774,8 +811,10 @@ def test_every_flag_is_used_somewhere():
 
 
 def test_summarize_means_over_seeds(tmp_path, monkeypatch):
-    base = dict(method="toy", preset="auto", dataset="own", teacher="resnet8", student="resnet8", shots=5, teacher_top1=90.0, best=70.0,
-                agree1=60.0, L_p=0.5, seconds=10, real_images=20, synthetic_images=0, paper={"top1": 71.5, "protocol": "best on test"})
+    base = dict(method="toy", preset="auto", dataset="own", teacher="resnet8", student="resnet8", shots=5,
+                teacher_top1=90.0, best=70.0,
+                agree1=60.0, L_p=0.5, seconds=10, real_images=20, synthetic_images=0,
+                paper={"top1": 71.5, "protocol": "best on test"})
     for seed, last in ((0, 60.0), (1, 62.0), (2, 64.0)):
         (tmp_path / "runs" / f"r{seed}").mkdir(parents=True)
         common.write_json(tmp_path / "runs" / f"r{seed}" / "result.json", {**base, "seed": seed, "last": last})
@@ -796,7 +835,7 @@ def test_bf16_is_close_to_float32(toy_run):
     assert isinstance(a, dict) and isinstance(b, dict) and abs(loss[0] - loss[1]) < 0.05 * abs(loss[0])
 
 
-# -------------------------------------------------------------------------------------------------------- whole programs
+# ----------------------------------------------------------------------------------------------------- whole programs
 
 @pytest.mark.slow
 def test_smoke_in_an_empty_folder(tmp_path):
@@ -817,7 +856,8 @@ def test_importing_is_quiet_and_quick():
 def test_killed_training_resumes_bit_equal(world, tmp_path):
     """SIGKILL at two moments of a teacher training; tests/kill.py does it ten times for any script."""
     shutil.copytree(world / "own", tmp_path / "own")
-    kill.prove(["common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "12", "--batch_size", "10", "--save_every", "1",
+    kill.prove(["common.py", "train", "--dataset", "own", "--arch", "resnet8", "--epochs", "12", "--batch_size", "10",
+                "--save_every", "1",
                 "--log_every", "2"], kills=2, cwd=tmp_path, seed=0)
 
 
@@ -853,7 +893,8 @@ def test_readme_commands_parse():
             module = __import__(Path(words[1]).stem)
             common.given_flags(module.Args, module.ALIASES, words[2:])
         else:
-            assert words[0] == "bash" and words[1] == "run_all.sh" and f"\n  {words[2]})" in (ROOT / "run_all.sh").read_text(), line
+            assert words[:2] == ["bash", "run_all.sh"], line
+            assert f"\n  {words[2]})" in (ROOT / "run_all.sh").read_text(), line
 
 
 @pytest.mark.slow
@@ -865,10 +906,12 @@ def test_readme_own_data_and_own_network(tmp_path):
         for c in ("cat", "dog"):
             (tmp_path / "my_images" / split / c).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.randint(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "my_images" / split / c / f"{i}.png")
+                image = Image.fromarray(rng.randint(0, 256, (40, 50, 3), np.uint8))
+                image.save(tmp_path / "my_images" / split / c / f"{i}.png")
     (tmp_path / "my_net.py").write_text(
         "import torch.nn as nn\n\n\ndef small(num_classes):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(8, num_classes))\n")
     lines = [line for line in readme_commands() if "my_images" in line or "my_net" in line]
     assert len(lines) == 2
     for line in lines:

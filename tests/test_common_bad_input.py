@@ -1,4 +1,4 @@
-"""Bad input: each case ends with exit code 2 and one sentence on stderr that names the fix; no file of the user's changes."""
+"""Bad input: each case ends with exit code 2 and one sentence that names the fix; no file of the user's changes."""
 import contextlib
 import errno
 import io

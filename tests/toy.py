@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # only because this file does not lie beside common.py
-from common import (Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip,  # noqa: E402
-                    evaluate, evaluate_file, get_teacher, load_data, lr_at, predict)
+from common import (  # noqa: E402
+    Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate,
+    evaluate_file, get_teacher, load_data, lr_at, predict)
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Args:
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
     compile: bool = False  # torch.compile of the step
-    select: Literal["last", "best_test"] = "last"  # weights that student.pt holds; the result is the last epoch either way
+    select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
     eval_every: int = 1  # epochs between evaluations (the last one always)
     log_every: int = 100  # steps between log points
     save_every: int = 10  # epochs between checkpoints (and every 5 minutes)
@@ -62,9 +63,10 @@ class Args:
 PRESETS = {
     "auto": {("cifar100", "wrn40_2", "wrn16_1"): dict(epochs=30, T=20.0)},
     "hot": {"*": dict(T=8.0)},
-    "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200, epochs=2,
-                        allow_weak_teacher=True)}}
-ALIASES = {"nshot": "shots", "wd": "weight_decay", "cold": ("T", 1.0), "method": {"toy": None, "hot": ("preset", "hot")}}
+    "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200,
+                        epochs=2, allow_weak_teacher=True)}}
+ALIASES = {"nshot": "shots", "wd": "weight_decay", "cold": ("T", 1.0),
+           "method": {"toy": None, "hot": ("preset", "hot")}}
 
 
 def kd_loss(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
@@ -79,12 +81,15 @@ def main(args: Args) -> dict:
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
     teacher, info = get_teacher(args, data)
-    student = build_model(args.student, data.num_classes, data.image_size).to(run.device, memory_format=torch.channels_last)
+    student = build_model(args.student, data.num_classes, data.image_size)
+    student.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     x_real, _, index = data.few_shot(args.shots, "pgdi", args.seed)
-    run.note(teacher=info, norm=data.norm, student_params_macs=count_params_macs(student, data.image_size), shots=index.tolist())
+    run.note(teacher=info, norm=data.norm, shots=index.tolist(),
+             student_params_macs=count_params_macs(student, data.image_size))
     net = torch.compile(student) if args.compile else student
-    start, recipe = run.restore(student=student, optimizer=optimizer), {"kind": "cosine", "lr": args.lr, "T_max": args.epochs}
+    recipe = {"kind": "cosine", "lr": args.lr, "T_max": args.epochs}
+    start = run.restore(student=student, optimizer=optimizer)
     for epoch in range(start, args.epochs):
         student.train()
         for group in optimizer.param_groups:
@@ -109,8 +114,8 @@ def main(args: Args) -> dict:
             break
     run.grid("shots", x_real, rows=data.num_classes)
     s_logits = predict(student, data)
-    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y), **agreement(s_logits, data.t_logits),
-                       "n_test": len(data.test_y), "real_images": len(x_real), "synthetic_images": 0})
+    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
+                       **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real)})
 
 
 if __name__ == "__main__":
