@@ -424,7 +424,7 @@ class Data:
         x = x.permute(0, 2, 3, 1)  # (B, H, W, 3)
         if x.is_floating_point():
             return torch.addcmul(shift, x.contiguous(), scale).permute(0, 3, 1, 2)
-        rows = x.reshape(*x.shape[:2], -1).to(dtype)  # (B, H, W*3): one long row is faster than three channels
+        rows = x.reshape(*x.shape[:2], 3 * width).to(dtype)  # (B, H, W*3): one long row is faster than three channels
         return rows.mul_(scale).add_(shift).view(x.shape).permute(0, 3, 1, 2)
 
     def denormalize(self, x: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """Times what this project does against the plain form of it, alternating in one process, in CPU seconds.
 
   python tests/bench.py data      one augmented, shuffled, normalised epoch of 50,000 CIFAR-sized images
+  python tests/bench.py pgdi      synthesis iteration and distillation step against the published form of them
   python tests/bench.py start     from the end of `import torch` to the first step, CIFAR-10 in DATA_DIR or ./data
-  python tests/bench.py all       both; add --keep to put the rows into tests/results/speed.jsonl
+  python tests/bench.py all       all of them; add --keep to put the rows into tests/results/speed.jsonl
 """
+import copy
+import dataclasses
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +117,167 @@ def bench_start() -> list[dict]:
     return []
 
 
-BENCHES = {"data": bench_data, "start": bench_start}
+def bench_pgdi() -> list[dict]:
+    """Synthesis iteration and KD step, WRN-40-2 -> WRN-16-1, 100 classes, 5 shots, batch 64, one thread; equal losses.
+
+    The plain form is the published step: nothing frozen, hooks armed in every pass, a second teacher pass for the
+    features, loops over the classes, read-backs. The pool lies in memory on both sides.
+    """
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    import pgdi
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    classes, batch, args, rng = 100, 64, pgdi.Args(g_steps=3, warmup=1), np.random.RandomState(0)
+    data = common.Data("cifar100", lambda split: (np.zeros((classes, 3, 32, 32), np.uint8), np.arange(classes),
+                                                  [str(c) for c in range(classes)]), norm="cifar100")
+    x_real, y = torch.rand(5 * classes, 3, 32, 32), torch.arange(classes).repeat_interleave(5)
+    v_real, z, targets = data.normalize(x_real), torch.randn(batch, 256), torch.randint(classes, (batch,)).sort()[0]
+    pool, view = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8), data.normalize
+
+    def nets(layout: torch.memory_format) -> tuple:
+        torch.manual_seed(1)
+        made = (common.build_model("wrn40_2", classes).eval(), common.build_model("wrn16_1", classes), pgdi.Generator())
+        return tuple(net.to(memory_format=layout) for net in made)
+
+    # ---- plain
+    teacher, student, generator = nets(torch.contiguous_format)
+    bn_terms, feats = [], []
+
+    def bn_hook(m: nn.Module, inputs: tuple, _: torch.Tensor) -> None:
+        h = inputs[0]
+        mu = h.mean((0, 2, 3))
+        var = h.permute(1, 0, 2, 3).contiguous().view(h.shape[1], -1).var(1, unbiased=False)
+        bn_terms.append(torch.norm(m.running_var - var) + torch.norm(m.running_mean - mu))
+
+    for m in teacher.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_hook(bn_hook)
+        elif isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, inputs, _: feats.append(inputs[0].clone().detach().mean(3).mean(2)))
+
+    def plain_pass(x: torch.Tensor) -> torch.Tensor:
+        bn_terms.clear()
+        feats.clear()
+        return teacher(x)
+
+    with torch.no_grad():
+        l_real = plain_pass(v_real.contiguous())
+        f_real = torch.cat(feats, 1)
+    meta_plain = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
+    losses: dict = {}
+
+    def plain_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        square = (a[:, None] - b).pow(2).sum(2)
+        return sum(torch.exp(-square / (2 * s * s)) for s in (0.1, 1.0, 5.0, 10.0)).sum()
+
+    def plain_priors(t: torch.Tensor, f: torch.Tensor) -> tuple:
+        feat_sum, logit_sum, n = 0.0, 0.0, 0
+        for c in targets.unique().tolist():
+            own, real = targets == c, y == c
+            a, b, m, k = f[own], f_real[real], int(own.sum().item()), int(real.sum().item())
+            if m == k and m > 1:
+                mmd = (plain_kernel(a, a) - 4 * m) / (m * (m - 1)) + (plain_kernel(b, b) - 4 * k) / (k * (k - 1))
+            else:
+                mmd = plain_kernel(a, a) / m ** 2 + plain_kernel(b, b) / k ** 2
+            feat_sum = feat_sum + m * (mmd - 2 * plain_kernel(a, b) / (m * k)).clamp(min=0)
+            soft = F.softmax(l_real[real] / 2, 1).mean(0)
+            kl = F.kl_div(F.log_softmax(t[own] / 2, 1), soft.expand(m, -1), reduction="none").sum(1)
+            near = torch.stack([(row - l_real[real]).pow(2).sum(1).min() for row in t[own]])
+            logit_sum, n = logit_sum + (0.997 * kl + 0.003 * near).sum(), n + m
+        return feat_sum / n, logit_sum / n
+
+    def plain_synthesis() -> None:
+        fast, zz = copy.deepcopy(generator), z.clone().requires_grad_()
+        student.eval()
+        adam = torch.optim.Adam([{"params": fast.parameters()}, {"params": [zz], "lr": args.lr_z}], args.lr_g,
+                                (0.5, 0.999))
+        meta_plain.zero_grad()
+        lowest, history = 1e9, []
+        for it in range(args.g_steps):
+            x = fast(zz)
+            v = view(x).contiguous()
+            t = plain_pass(v)
+            loss_bn, loss_oh, s = sum(bn_terms), F.cross_entropy(t, targets), student(v)
+            mask = (s.argmax(1) == t.argmax(1)).float()
+            kl = F.kl_div(F.log_softmax(s, 1), F.softmax(t.detach(), 1), reduction="none").sum(1)
+            plain_pass(v)  # once more, to fill the hooks
+            loss_feat, loss_log = plain_priors(t, torch.cat(feats, 1))
+            loss = 5 * loss_bn + 0.001 * loss_oh - 1.33 * (mask * kl).mean() + 100 * loss_feat + loss_log
+            history.append(loss.item())
+            if lowest > loss.item() or it == 0:
+                lowest, _ = loss.item(), x.data
+            adam.zero_grad()
+            loss.backward()
+            for p, q in zip(generator.parameters(), fast.parameters()):
+                p.grad = q.grad.clone() if p.grad is None else p.grad + q.grad
+            if it == args.g_steps - 1:
+                meta_plain.step()
+            adam.step()
+        losses.setdefault("plain", []).extend(history)
+
+    optimizer_plain = torch.optim.SGD(student.parameters(), 0.2, 0.9, weight_decay=1e-4)
+
+    def plain_kd(r: int) -> None:
+        student.train()
+        index = torch.from_numpy(rng.randint(0, len(v_real), r))
+        x = torch.cat([view(pool).contiguous(), v_real[index].contiguous()])
+        with torch.no_grad():
+            t = plain_pass(x)
+        s = student(x)
+        parts = [20 ** 2 * F.kl_div(F.log_softmax(a / 20, 1), F.softmax(b / 20, 1), reduction="batchmean")
+                 for a, b in ((s[:batch], t[:batch]), (s[batch:], t[batch:]))]
+        loss = 0.5 * parts[1] + 0.5 * parts[0]
+        optimizer_plain.zero_grad()
+        loss.backward()
+        optimizer_plain.step()
+        top = s.topk(5).indices == y[torch.cat([targets * 5, index])][:, None]
+        losses.setdefault(f"plain{r}", []).append((loss.item(), top[:, 0].sum().item(), top.sum().item())[0])
+
+    # ---- ours
+    t_net, s_net, g_net = nets(torch.channels_last)
+    t_net.requires_grad_(False)
+    shots, statistics = pgdi.see_shots(t_net, v_real, y, classes, "all_conv"), pgdi.BNStatistics(t_net)
+    meta = torch.optim.Adam(g_net.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
+    t_real = torch.cat([t_net(part) for part in v_real.split(100)])
+
+    def our_synthesis(amp: str = "none") -> None:
+        now = dataclasses.replace(args, amp=amp, bn_mmt=0.0)
+        _, terms = pgdi.synthesize(g_net, meta, t_net, s_net, z, targets, view, statistics, shots, 1, now)
+        losses.setdefault(f"ours{amp}", []).extend(terms[:, 0].tolist())
+
+    optimizer = torch.optim.SGD(s_net.parameters(), 0.2, 0.9, weight_decay=1e-4)
+    rng_ours = np.random.RandomState(0)
+
+    def our_kd(r: int, amp: str = "none") -> None:
+        index = torch.from_numpy(rng_ours.randint(0, len(v_real), r))
+        x = view(pool)
+        with torch.no_grad(), common.autocast("cpu", amp):
+            t = t_net(x).float()
+        x, t = torch.cat([x, v_real[index]]), torch.cat([t, t_real[index]])
+        loss = pgdi.kd_step(s_net, optimizer, x, t, r, 0.5, 20.0, amp)[0]
+        losses.setdefault(f"ours{amp}{r}", []).append(loss.item())
+
+    rows, trained = [], (student, s_net, optimizer_plain, optimizer, generator, g_net)
+    fresh = [copy.deepcopy(o.state_dict()) for o in trained]
+    for name, plain, ours, keys in (
+            ("pgdi synthesis iteration", plain_synthesis, our_synthesis, ("plain", "oursnone")),
+            *((f"pgdi KD step, R = {r}", partial(plain_kd, r), partial(our_kd, r), (f"plain{r}", f"oursnone{r}"))
+              for r in (58, 8))):
+        for o, state in zip(trained, fresh):
+            o.load_state_dict(copy.deepcopy(state))
+        losses.clear()
+        plain(), ours()
+        assert np.allclose(losses[keys[0]], losses[keys[1]], rtol=1e-3), (losses[keys[0]], losses[keys[1]])
+        spent = alternate(plain, ours, rounds=5)
+        rows.append(row(name, *spent))
+        bf16 = alternate(plain, partial(ours, amp="bf16"), rounds=2)
+        row(f"{name}, bf16", *bf16)
+    return rows
+
+
+BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "start": bench_start}
 
 if __name__ == "__main__":
     names = [w for w in sys.argv[1:] if w != "--keep"]
