@@ -25,7 +25,7 @@ Each epoch
        alpha and R fall by a cosine until mixed_distill_stop_epoch, then stay                                     (11)
 
 Symbols  T -> teacher (T in eq. (10): args.T), S -> student, G, F -> generator, fast, y -> targets, t -> t_logits,
-         M_l, V_l -> run_mean, run_var, m_l, v_l -> mu, var, R -> n_real, x, f -> feat, real_feat
+         (M_l, V_l), (m_l, v_l), A_l -> running, now, average, R -> n_real, x, f -> feat, shots.feat
 
 Deviations from the published code
   D1 its features are detached: eq. (6) has no gradient, it only sways which batch is kept. --feature_grad 0 (default)
@@ -57,8 +57,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate_file,
-    fail, get_teacher, load_data, lr_at, predict, read_checkpoint, write_atomic)
+    Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate,
+    evaluate_file, fail, get_teacher, load_data, lr_at, predict, read_checkpoint, write_atomic)
 
 
 @dataclass
@@ -215,10 +215,9 @@ def adv_loss(s_logits: Tensor, t_logits: Tensor, adv_grad: str = "student") -> T
     return -(agree * kl_rows(s_logits, t_logits.detach() if adv_grad == "student" else t_logits)).mean()
 
 
-def bn_loss(mu: Tensor, var: Tensor, run_mean: Tensor, run_var: Tensor, sizes: list[int]) -> Tensor:
-    """Eq. (2); all layers in one vector each, `sizes` are their widths. Norm over channels, sum over layers."""
-    parts = (*(run_var - var).split(sizes), *(run_mean - mu).split(sizes))
-    return torch.stack([part.norm() for part in parts]).sum()
+def bn_loss(now: Tensor, running: Tensor, sizes: list[int]) -> Tensor:
+    """Eq. (2) for means and variances (2, sum of sizes), layer by layer. Norm over channels, sum over layers."""
+    return torch.stack([part.norm(dim=1) for part in (running - now).split(sizes, 1)]).sum()
 
 
 SIGMAS = (0.1, 1.0, 5.0, 10.0)
@@ -228,13 +227,12 @@ def kernel(square: Tensor) -> Tensor:
     return sum(torch.exp(square / (-2 * s * s)) for s in SIGMAS)
 
 
-def kernel_sums(feat: Tensor, onehot: Tensor, real_feat: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def kernel_sums(feat: Tensor, targets: Tensor, onehot: Tensor, shots: "Shots") -> tuple[Tensor, Tensor]:
     """(C,) sums of the kernel of eq. (7) over the pairs of a class: generated-generated, generated-real."""
     norms = feat.square().sum(1)
     square = (norms[:, None] + norms - 2 * feat @ feat.T).clamp(min=0)  # (B, B)
     square = square.masked_fill(torch.eye(len(feat), dtype=torch.bool, device=feat.device), 0)  # no rounding there
-    targets = onehot.argmax(1)
-    cross = kernel((feat[:, None] - real_feat[targets]).square().sum(2)) * valid[targets]  # (B, n)
+    cross = kernel((feat[:, None] - shots.feat[targets]).square().sum(2)) * shots.valid[targets]  # (B, n)
     return ((kernel(square) @ onehot) * onehot).sum(0), cross.sum(1) @ onehot
 
 
@@ -252,7 +250,7 @@ def feature_prior(feat: Tensor, targets: Tensor, shots: "Shots", kind: str = "mm
         return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
     onehot = (targets[:, None] == torch.arange(len(shots.count), device=targets.device)).to(feat)  # (B, C)
     m, n, k0 = onehot.sum(0), shots.count.to(feat), len(SIGMAS)  # k0 = k(a, a)
-    sxx, sxy = kernel_sums(feat, onehot, shots.feat, shots.valid)
+    sxx, sxy = kernel_sums(feat, targets, onehot, shots)
     unbiased = (m == n) & (m > 1)
     within = torch.where(
         unbiased, (sxx - k0 * m + shots.syy - k0 * n) / (m * (m - 1)).clamp(min=1),
@@ -288,8 +286,8 @@ class Shots:
         order = labels.argsort(stable=True)
         self.feat, self.logits = (v.new_zeros(*self.valid.shape, v.shape[1]) for v in (feat, logits))
         self.feat[self.valid], self.logits[self.valid] = feat[order], logits[order]
-        square = (self.feat[:, :, None] - self.feat[:, None]).square().sum(3)  # (C, n, n)
-        self.syy = (kernel(square) * self.valid[:, :, None] * self.valid[:, None]).sum((1, 2))
+        self.syy = torch.stack([(kernel((f[:, None] - f).square().sum(2)) * v[:, None] * v).sum()
+                                for f, v in zip(self.feat, self.valid)])  # once, class by class: they can be large
 
     def soft(self, T: float) -> Tensor:
         """(C, C) mean soft label of each class."""
@@ -299,35 +297,36 @@ class Shots:
 # --------------------------------------------------------------------------------------------- steps 1-3: synthesis
 
 class ChannelStatistics(torch.autograd.Function):
-    """Mean and biased variance over N, H, W: one read of the features each way, three times as fast as var_mean."""
+    """(2, C): mean and biased variance over N, H, W; by the batch-norm kernel, several times as fast as var_mean."""
 
     @staticmethod
-    def forward(ctx, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, h: Tensor) -> Tensor:
         _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, 0.0)
         ctx.save_for_backward(h, mu)
-        return mu, inverse_std ** -2
+        return torch.stack([mu, inverse_std ** -2])
 
     @staticmethod
-    def backward(ctx, grad_mu: Tensor, grad_var: Tensor) -> Tensor:
-        (h, mu), n = ctx.saved_tensors, ctx.saved_tensors[0][:, 0].numel()
-        scale = 2 * grad_var / n
-        shift = grad_mu / n - scale * mu
+    def backward(ctx, grad: Tensor) -> Tensor:
+        h, mu = ctx.saved_tensors
+        grad_mu, scale = grad / h[:, 0].numel() * grad.new_tensor([[1], [2]])
+        shift = grad_mu - scale * mu
         return torch.addcmul(shift[:, None, None], h, scale[:, None, None])
 
 
 @contextlib.contextmanager
 def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[dict[str, list]]:
-    """While open, each pass of the teacher appends mean and variance of its BN inputs and the features of an image."""
-    taps: dict[str, list] = {"mu": [], "var": [], "feat": []}
+    """While open, each pass of the teacher appends the statistics of its BN inputs and the features of the images."""
+    taps: dict[str, list] = {"bn": [], "feat": []}
+
+    def wide(h: Tensor) -> Tensor:
+        return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def statistics(_: nn.Module, inputs: tuple) -> None:
-        mu, var = ChannelStatistics.apply(inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32)))
-        taps["mu"].append(mu)
-        taps["var"].append(var)
+        taps["bn"].append(ChannelStatistics.apply(wide(inputs[0])))  # (2, C_l)
 
     def features(_: nn.Module, inputs: tuple) -> None:
         h = inputs[0] if feature_grad else inputs[0].detach()  # D1
-        taps["feat"].append(h.mean((2, 3), dtype=torch.promote_types(h.dtype, torch.float32)))  # (B, C_l)
+        taps["feat"].append(wide(h).mean((2, 3)))  # (B, C_l)
 
     kind = {"all_conv": nn.Conv2d, "bn_hooks": nn.BatchNorm2d, "none": ()}[source]
     hooks = [m.register_forward_pre_hook(hook) for hook, wanted in ((statistics, nn.BatchNorm2d), (features, kind))
@@ -340,32 +339,26 @@ def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[d
 
 
 class BNStatistics:
-    """The teacher's running statistics, all layers in one vector, and the running averages A_l of eq. (3)."""
+    """The teacher's running means and variances (2, all channels), and the running average A_l of eq. (3)."""
 
     def __init__(self, teacher: nn.Module):
         layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.sizes = [m.num_features for m in layers]
-        self.run_mean, self.run_var = (torch.cat([torch.zeros(0, device=next(teacher.parameters()).device),
-                                                  *[getattr(m, k) for m in layers]])
-                                       for k in ("running_mean", "running_var"))
-        self.average: Optional[tuple[Tensor, Tensor]] = None  # of mu and var
+        self.sizes, pairs = [m.num_features for m in layers], [(m.running_mean, m.running_var) for m in layers]
+        self.running = torch.cat([torch.stack(pair) for pair in pairs], 1) if layers else torch.zeros(2, 0)
+        self.average: Optional[Tensor] = None
 
-    def blend(self, mu: Tensor, var: Tensor, mmt: float) -> tuple[Tensor, Tensor]:
-        if not mmt or self.average is None:
-            return mu, var
-        return tuple((1 - mmt) * now + mmt * before for now, before in zip((mu, var), self.average))  # eq. (3)
+    def blend(self, now: Tensor, mmt: float) -> Tensor:
+        return now if self.average is None else (1 - mmt) * now + mmt * self.average  # eq. (3)
 
-    def update(self, mu: Tensor, var: Tensor, mmt: float) -> None:
+    def update(self, now: Tensor, mmt: float) -> None:
         if mmt:
-            now = mu.detach(), var.detach()
-            self.average = now if self.average is None else tuple(
-                mmt * before + (1 - mmt) * v for v, before in zip(now, self.average))
+            self.average = now if self.average is None else mmt * self.average + (1 - mmt) * now  # eq. (3)
 
     def state_dict(self) -> dict:
         return {"average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average = state["average"] and tuple(v.to(self.run_mean.device) for v in state["average"])
+        self.average = None if state["average"] is None else state["average"].to(self.running.device)
 
 
 TERMS = ("total", "bn", "oh", "adv", "feat", "logits", "logits_kl", "logits_l2")
@@ -395,20 +388,22 @@ def synthesize(generator: Generator, meta: torch.optim.Optimizer, teacher: nn.Mo
                 t_logits = teacher(v)
                 s_logits = student(v) if args.adv and ep >= args.warmup else None  # D5
             t_logits = t_logits.to(z.dtype)
-            mu, var = (torch.cat(taps[k]) if taps[k] else z.new_zeros(0) for k in ("mu", "var"))
-            blended = statistics.blend(mu, var, args.bn_mmt)
-            loss_bn = bn_loss(*blended, statistics.run_mean, statistics.run_var, statistics.sizes) if args.bn else zero
+            loss_bn = loss_adv = loss_feat = loss_log = kl = l2 = zero
             loss_oh = F.cross_entropy(t_logits, targets)  # eq. (4)
-            loss_adv = adv_loss(s_logits.to(z.dtype), t_logits, args.adv_grad) if s_logits is not None else zero
-            loss_feat = (feature_prior(torch.cat(taps["feat"], 1), targets, shots, args.guidance_loss_type)
-                         if feat_w else zero)
-            loss_log, kl, l2 = (logits_prior(t_logits, targets, shots, args.logits_loss_type)
-                                if log_w else (zero, zero, zero))
+            if args.bn:
+                now = torch.cat(taps["bn"], 1)
+                loss_bn = bn_loss(statistics.blend(now, args.bn_mmt), statistics.running, statistics.sizes)
+            if s_logits is not None:
+                loss_adv = adv_loss(s_logits.to(z.dtype), t_logits, args.adv_grad)
+            if feat_w:
+                loss_feat = feature_prior(torch.cat(taps["feat"], 1), targets, shots, args.guidance_loss_type)
+            if log_w:
+                loss_log, kl, l2 = logits_prior(t_logits, targets, shots, args.logits_loss_type)
             loss = (args.bn * loss_bn + args.oh * loss_oh + args.adv * loss_adv + feat_w * loss_feat
                     + log_w * loss_log)  # eq. (1)
-            history.append(torch.stack([v.detach() for v in (loss, loss_bn, loss_oh, loss_adv, loss_feat, loss_log, kl,
-                                                             l2)]))
-            best, lowest = keep_best(best, lowest, x.detach(), history[-1][0])
+            terms = torch.stack([loss, loss_bn, loss_oh, loss_adv, loss_feat, loss_log, kl, l2]).detach()
+            history.append(terms)
+            best, lowest = keep_best(best, lowest, x.detach(), terms[0])
             gradients = torch.autograd.grad(loss, [*fast.parameters(), z])
             torch._foreach_add_(meta_grad, gradients[:-1])
             if it + 1 < args.g_steps:  # the last step of F and z would be thrown away
@@ -418,7 +413,8 @@ def synthesize(generator: Generator, meta: torch.optim.Optimizer, teacher: nn.Mo
     for p, g in zip(generator.parameters(), meta_grad):
         p.grad = g
     meta.step()  # eq. (9)
-    statistics.update(mu, var, args.bn_mmt)
+    if args.bn:
+        statistics.update(now.detach(), args.bn_mmt)
     student.train().requires_grad_(True)
     return best, torch.stack(history)
 
@@ -619,7 +615,6 @@ def main(args: Args) -> dict:
     net, guide = (torch.compile(m, dynamic=True) if args.compile else m for m in (student, teacher))
     start = run.restore(student=student, optimizer=optimizer, generator=generator, meta=meta, statistics=statistics,
                         pool=pool, sampler=sampler)
-    scores = {}
     for epoch in range(start, args.epochs):
         alpha, n_real = mixture_at(epoch, args, len(x_real))
         optimizer.param_groups[0]["lr"] = lr = lr_at(lr_recipe(args), max(0, epoch - args.warmup))
@@ -659,15 +654,14 @@ def main(args: Args) -> dict:
                 step += 1
         if args.synthesis_batch_size and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             run.grid(f"ep{epoch + 1:03d}", *sample_grid(quantize(images), targets, x_real, y_real))
-        scores = {}
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            s_logits = predict(student, data)
-            scores = {**accuracy(s_logits, data.test_y), **agreement(s_logits, data.t_logits)}
-        if not run.end_epoch(epoch, student, scores.get("top1")):
+        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        if not run.end_epoch(epoch, student, evaluate(student, data)["top1"] if due else None):
             break
+    s_logits = predict(student, data)
     paper = PUBLISHED.get(("auto" if args.preset == "script" else args.preset, args.dataset, args.teacher, args.student,
                            args.shots))
-    return run.finish({"teacher_top1": info["top1"], **scores, "n_test": len(data.test_y), "real_images": len(x_real),
+    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
+                       **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
                        "synthetic_images": pool.n,
                        "paper": paper and {"top1": paper, "protocol": "best test epoch, one run"}})
 
