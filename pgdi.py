@@ -29,7 +29,7 @@ Symbols  T -> teacher (T in eq. (10): args.T), S -> student, G, F -> generator, 
 
 Deviations from the published code
   D1 its features are detached: eq. (6) has no gradient, it only sways which batch is kept. --feature_grad 0 (default)
-     does the same, 1 is the method as described. The features are the inputs of the convs, not their outputs (kept)
+     does the same, 1 (--preset described) moves the images by it. The features are inputs of the convs, not outputs
   D2 it takes the shots of CIFAR-10 from CIFAR-100 and cannot load Tiny-ImageNet; here they come from the data set
   D3 it reports the best test epoch; here the last one, the best beside it
   D4 one teacher pass per synthesis step, not two; no hooks in step 4, the shots' logits cached, the pool in memory: the
@@ -141,6 +141,7 @@ FAST_ADV_OH = {"resnet34": (1.33, 0.5), "vgg11": (1.0, 0.5), "wrn40_2": (1.1, 0.
 PRESETS = {
     "auto": SCRIPT,
     "script": SCRIPT,
+    "described": {"*": dict(feature_grad=1), **SCRIPT},
     "long": {pair: dict(epochs=1200 if pair[1] == "resnet34" else 800, mixed_distill_stop_epoch=300)
              for pair in SCRIPT},
     "fast": {"*": dict(shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
@@ -150,6 +151,9 @@ PRESETS = {
              **{pair: dict(zip(("adv", "oh"), FAST_ADV_OH[pair[1]])) for pair in SCRIPT}},
     "fewshot_kd": {"*": dict(synthesis_batch_size=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
                              real_fewshot_final_stage=256, augment_real=True), **SCRIPT},
+    "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", shots=5, epochs=20, warmup=3,
+                       ep_steps=50, kd_steps=50, batch_size=48, synthesis_batch_size=64, ngf=16, lr=0.1, lr_tmax=17,
+                       real_fewshot_initial=32, mixed_distill_stop_epoch=10, eval_every=5)},
     "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200,
                         epochs=2, warmup=1, ep_steps=4, kd_steps=4, batch_size=32, synthesis_batch_size=32, g_steps=2,
                         ngf=8, allow_weak_teacher=True)}}
@@ -307,8 +311,8 @@ class ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        h, mu = ctx.saved_tensors
-        grad_mu, scale = grad / h[:, 0].numel() * grad.new_tensor([[1], [2]])
+        (h, mu), (grad_mu, grad_var) = ctx.saved_tensors, grad / ctx.saved_tensors[0][:, 0].numel()
+        scale = 2 * grad_var
         shift = grad_mu - scale * mu
         return torch.addcmul(shift[:, None, None], h, scale[:, None, None])
 

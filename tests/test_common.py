@@ -870,6 +870,19 @@ def test_no_paths_or_devices_are_hard_coded():
         assert not re.search(r"\.cuda\(\)", text.replace(r"\.cuda\(\)", "")), path
 
 
+def test_method_files_share_their_head_and_nothing_else():
+    """The flags that mean the same everywhere are the same text; no method file imports another."""
+    def head(path):
+        return re.search(r"# shared by all scripts, word for word\n(.*?)\n    # the method", path.read_text(), re.S)[1]
+
+    methods = [p for p in ROOT.glob("*.py") if p.name != "common.py"]
+    other = rf"^\s*(from|import) ({'|'.join(p.stem for p in methods)})\b"
+    for path in methods:
+        assert head(path) == head(ROOT / "tests" / "toy.py"), path
+        assert not re.search(other, path.read_text(), re.M), path
+    assert not re.search(other, (ROOT / "common.py").read_text(), re.M)
+
+
 def test_readme_tables_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
     assert common.fill_tables(text) == text, "run: bash run_all.sh table"

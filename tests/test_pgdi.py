@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import kill
 import pgdi
 from test_common import close, metrics
 
@@ -600,6 +601,7 @@ def test_whole_run_and_its_files(folder):
     assert abs(run(folder, "--evaluate", str(out))["last"] - row["last"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_same_seed_same_metrics_other_seed_other(folder):
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         run(folder, *TINY, "--run_name", name, "--seed", seed)
@@ -607,6 +609,12 @@ def test_same_seed_same_metrics_other_seed_other(folder):
     assert a == b and a != c
 
 
+@pytest.mark.slow
+def test_killed_run_resumes_bit_equal(tmp_path):
+    kill.prove(["pgdi.py", *TINY, "--epochs", "6", "--data_dir", str(tmp_path / "data")], kills=1, cwd=tmp_path, seed=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ([], ["--feature_grad", "1", "--reset_l0", "2", "--reset_bn", "2"]))
 def test_resume_is_bit_equal(folder, flags, monkeypatch):
     more, tag = [*TINY, "--epochs", "3", *flags], f"{len(flags)}"
@@ -682,8 +690,8 @@ def test_published_command():
 
 
 def test_presets_and_published_rows():
-    for preset, pairs in (("auto", 11), ("script", 11), ("long", 11), ("fast", 12), ("fewshot_kd", 12)):
-        assert len(pgdi.PRESETS[preset]) == pairs
+    for preset in ("auto", "script", "long", "fast", "fewshot_kd", "described"):
+        assert pgdi.SCRIPT.keys() <= pgdi.PRESETS[preset].keys() and len(pgdi.SCRIPT) == 11
     for (preset, dataset, teacher, student, shots) in pgdi.PUBLISHED:
         a = parse("--preset", preset, "--dataset", dataset, "--teacher", teacher, "--student", student)
         assert a.epochs == (220 if preset == "fast" else 200) and (shots == 0) == (preset == "fast")
