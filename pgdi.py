@@ -305,9 +305,10 @@ class ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor) -> Tensor:
-        _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, 0.0)
+        tiny = 1e-12  # a constant channel has variance 0
+        _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, tiny)
         ctx.save_for_backward(h, mu)
-        return torch.stack([mu, inverse_std ** -2])
+        return torch.stack([mu, inverse_std ** -2 - tiny])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
