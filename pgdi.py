@@ -121,7 +121,7 @@ class Args:
     adv_grad: Literal["student", "both"] = "student"  # logits that eq. (5) has a gradient through
     reset_l0: int = 200  # every so many epochs G's first layers are drawn anew; 0 = never
     reset_bn: int = 200  # every so many epochs G's batch norms are drawn anew; 0 = never
-    reset_once: bool = False  # reset_l0 only once, 120 epochs after the warm-up (Fast-Datafree)
+    reset_once: bool = False  # the first layers only once instead, 120 epochs after the warm-up (Fast-Datafree)
     alpha_schedule: Literal["cosine", "linear", "none"] = "cosine"  # eq. (11); none = the initial value until the stop
     alpha_initial: float = 0.9  # weight of the real images at epoch 0
     alpha_final_stage: float = 0.2  # and from the stop on
@@ -146,7 +146,7 @@ PRESETS = {
              for pair in SCRIPT},
     "fast": {"*": dict(shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
                        real_fewshot_initial=0, real_fewshot_final_stage=0, epochs=220, synthesis_batch_size=256,
-                       bn=10.0, oh=0.4, adv=1.1, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=1, reset_bn=0,
+                       bn=10.0, oh=0.4, adv=1.1, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=0, reset_bn=0,
                        reset_once=True),
              **{pair: dict(zip(("adv", "oh"), FAST_ADV_OH[pair[1]])) for pair in SCRIPT}},
     "fewshot_kd": {"*": dict(synthesis_batch_size=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
@@ -183,6 +183,12 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(len(z), -1, self.side, self.side)
         return self.conv_blocks(x.contiguous(memory_format=torch.channels_last))
+
+
+def resets_at(ep: int, args: Args) -> tuple[bool, bool]:
+    """Whether the first layers and the batch norms are drawn anew at the start of epoch ep = 1, 2 ... (D5)"""
+    l0 = ep == args.warmup + 120 if args.reset_once else args.reset_l0 > 0 and ep % args.reset_l0 == 0
+    return l0, args.reset_bn > 0 and ep % args.reset_bn == 0
 
 
 def reset(generator: Generator, l0: bool, bn: bool) -> None:
@@ -627,9 +633,9 @@ def main(args: Args) -> dict:
             step = (epoch * rounds + r) * args.kd_steps
             if args.synthesis_batch_size:
                 # steps 1-3: invert the teacher, keep the best batch
-                ep, l0, bn = epoch + 1, args.reset_l0, args.reset_bn
-                due = ep == args.warmup + 120 if args.reset_once else l0 and ep % l0 == 0
-                reset(generator, l0=bool(l0 and due and not r), bn=bool(bn and ep % bn == 0 and not r))
+                ep = epoch + 1
+                if not r:
+                    reset(generator, *resets_at(ep, args))
                 draw = {"generator": run.generator, "device": run.device}
                 z = torch.randn(args.synthesis_batch_size, 256, **draw)
                 targets = torch.randint(data.num_classes, (len(z),), **draw).sort()[0]

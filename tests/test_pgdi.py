@@ -479,6 +479,15 @@ def test_reset_draws_what_it_says():
     assert all(0.8 < m.weight.min() and m.weight.max() < 1.2 for m in g.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_when_resets_fall():
+    a = pgdi.Args()
+    assert [e for e in range(1, 801) if pgdi.resets_at(e, a) != (False, False)] == [200, 400, 600, 800]
+    fast = parse("--preset", "fast")
+    assert [e for e in range(1, 801) if pgdi.resets_at(e, fast) != (False, False)] == [fast.warmup + 120]
+    assert pgdi.resets_at(fast.warmup + 120, fast) == (True, False)
+    assert pgdi.resets_at(3, pgdi.Args(reset_l0=0, reset_bn=3)) == (False, True)
+
+
 def test_pool_batches_cover_the_pool_once_per_pass():
     data, pool = own_data("half", 8), pgdi.Pool(20, 8, torch.device("cpu"))
     pool.add(torch.arange(1, 14, dtype=torch.uint8)[:, None, None, None].expand(13, 3, 8, 8))
