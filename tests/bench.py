@@ -262,18 +262,19 @@ def bench_pgdi() -> list[dict]:
     rows, trained = [], (student, s_net, optimizer_plain, optimizer, generator, g_net)
     fresh = [copy.deepcopy(o.state_dict()) for o in trained]
     for name, plain, ours, keys in (
-            ("pgdi synthesis iteration", plain_synthesis, our_synthesis, ("plain", "oursnone")),
+            ("pgdi synthesis, 3 iterations", plain_synthesis, our_synthesis, ("plain", "oursnone")),
             *((f"pgdi KD step, R = {r}", partial(plain_kd, r), partial(our_kd, r), (f"plain{r}", f"oursnone{r}"))
               for r in (58, 8))):
         for o, state in zip(trained, fresh):
             o.load_state_dict(copy.deepcopy(state))
         losses.clear()
         plain(), ours()
-        assert np.allclose(losses[keys[0]], losses[keys[1]], rtol=1e-3), (losses[keys[0]], losses[keys[1]])
+        a, b = (losses[key] for key in keys)  # Adam's first steps are signs: they amplify rounding
+        assert np.isclose(a[0], b[0], rtol=1e-5) and np.allclose(a, b, rtol=0.03), (a, b)
         spent = alternate(plain, ours, rounds=5)
         rows.append(row(name, *spent))
         bf16 = alternate(plain, partial(ours, amp="bf16"), rounds=2)
-        row(f"{name}, bf16", *bf16)
+        rows.append(row(f"{name}, bf16", *bf16))
     return rows
 
 
