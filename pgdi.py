@@ -548,7 +548,7 @@ def kd_step(student: Callable, optimizer: torch.optim.Optimizer, x: Tensor, t_lo
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def check(args: Args, teacher: nn.Module) -> None:
+def check(args: Args) -> None:
     if not 1 <= args.kd_steps <= args.ep_steps:
         fail(f"--kd_steps {args.kd_steps}: give 1 to ep_steps ({args.ep_steps}): ep_steps // kd_steps rounds per epoch")
     if args.warmup >= args.epochs:
@@ -560,8 +560,6 @@ def check(args: Args, teacher: nn.Module) -> None:
         fail("--synthesis_batch_size 0: nothing to learn from without real images; give both real_fewshot counts")
     if args.synthesis_batch_size and not args.g_steps:
         fail("--g_steps 0: synthesis needs one step or more")
-    if args.synthesis_batch_size and args.bn and not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
-        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
 
 
 @torch.no_grad()
@@ -601,18 +599,20 @@ def export_pool(args: Args) -> dict:
 def main(args: Args) -> dict:
     if args.evaluate:
         return export_pool(args) if args.export_pool else evaluate_file(args)
+    check(args)
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
     teacher, info = get_teacher(args, data)
-    check(args, teacher)
+    statistics = BNStatistics(teacher)
+    if args.synthesis_batch_size and args.bn and not statistics.sizes:
+        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
     student = build_model(args.student, data.num_classes, data.image_size,
                           init="default" if args.student.startswith("resnet") else "kaiming")
     student.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     generator = Generator(ngf=args.ngf, size=data.image_size).to(run.device, memory_format=torch.channels_last)
     meta = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
-    statistics = BNStatistics(teacher)
     x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else
                              (data.test_x[:0], data.test_y[:0], np.zeros(0)))
     v_real = data.normalize(x_real)

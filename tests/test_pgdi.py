@@ -723,16 +723,23 @@ def test_every_flag_is_read():
 @pytest.mark.parametrize("flags, word", (
     (["--shots", "0"], "--preset fast"), (["--warmup", "5"], "--warmup"), (["--kd_steps", "9"], "ep_steps"),
     (["--synthesis_batch_size", "0", "--real_fewshot_final_stage", "0"], "real_fewshot"),
-    (["--g_steps", "0"], "g_steps"), (["--shots", "999"], "--shots"), (["--teacher", "netgraft_vgg16"], "--teacher")))
+    (["--g_steps", "0"], "g_steps"), (["--shots", "999"], "--shots"), (["--teacher", "netgraft_vgg16"], "--teacher ")))
 def test_bad_values_end_with_one_line(folder, flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(folder, *SMALL, *SYNTH, *small_teacher(folder), *flags)
+        run(folder, *SMALL, *SYNTH, *small_teacher(folder), "--run_name", f"bad{word}", *flags)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and word in message and message.count("\n") == 1
 
 
-def test_teacher_without_batch_norm_is_named(capsys):
+def test_teacher_without_batch_norm_is_named(folder, capsys):
+    (folder / "plain.py").write_text(
+        "import torch.nn as nn\n\n\ndef net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(8, num_classes))\n")
+    spec = f"{folder / 'plain.py'}:net"
+    torch.save(common.build_model(spec, 10).state_dict(), folder / "plain.pt")
+    flags = [*SMALL, *SYNTH, "--teacher", spec, "--teacher_ckpt", str(folder / "plain.pt")]
     with pytest.raises(SystemExit):
-        pgdi.check(parse(), nn.Sequential(nn.Conv2d(3, 4, 3)))
+        run(folder, *flags, "--run_name", "plain")
     assert "--bn 0" in capsys.readouterr().err
-    pgdi.check(parse("--bn", "0"), nn.Sequential(nn.Conv2d(3, 4, 3)))
+    assert run(folder, *flags, "--bn", "0", "--run_name", "plain0")["synthetic_images"] == 32
