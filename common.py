@@ -1275,8 +1275,12 @@ class Run:
             print(f"{self.dir} is finished; its result:\n{table(result_rows(self.dir))}")
             raise SystemExit(0)
         if not args.resume and self.first_rank:
-            if self.dir.exists():
-                fail(f"{self.dir} exists; give another --run_name, or go on with --resume {self.dir}")
+            name, n = self.dir.name, 1
+            while self.dir.exists():
+                if args.run_name:
+                    fail(f"{self.dir} exists; give another --run_name, or go on with --resume {self.dir}")
+                n += 1  # another run was begun in the same second
+                self.dir = self.dir.with_name(f"{name}-{n}")
             (self.dir / "src").mkdir(parents=True)
             (self.dir / "samples").mkdir()
             for file in {Path(inspect.getfile(type(args))), Path(__file__)}:

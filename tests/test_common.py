@@ -513,6 +513,13 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(toy_run, monkeypatch):
+    monkeypatch.setattr(common.Run, "derived_name", lambda self: "same")
+    for _ in range(3):
+        assert toy_run("--epochs", "1")["last"] >= 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["same", "same-2", "same-3"]
+
+
 def test_run_folder(toy_run):
     result = toy_run("--run_name", "a", "--seed", "5")
     folder = Path("runs/a")
