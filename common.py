@@ -1138,8 +1138,9 @@ def teacher_file(args: Any, data: Data, input_size: Optional[int] = None) -> tup
     """Given, else placed in data_dir/teachers, else where the one of our recipe is kept (it may not exist yet)."""
     shared = ("dataset", "data_dir", "data_url", "limit_train", "limit_test", "norm", "device", "deterministic", "amp",
               "compile", "out_dir", "time_limit")
+    own_size = 0 if input_size in (None, data.image_size) else input_size
     wanted = TrainArgs(**{k: getattr(args, k) for k in shared if hasattr(args, k)}, arch=args.teacher,
-                       input_size=input_size or 0, epochs=2 if getattr(args, "smoke", False) else 0)
+                       input_size=own_size, epochs=2 if getattr(args, "smoke", False) else 0)
     if args.teacher_ckpt:
         return Path(args.teacher_ckpt), wanted
     stem = Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.teacher)}"
@@ -1459,7 +1460,7 @@ class Run:
                 for file in [f"student_{name}.pt"] * bool(name) + ["student.pt"] * (i == 0):
                     save(self.dir / file, {k: v.cpu() for k, v in state.items()})
             write_json(self.dir / "result.json", result)
-            print(table([result]), flush=True)
+            print(table(result_rows(self.dir)), flush=True)
         if self._board:
             self._board.close()
         return result
@@ -1557,7 +1558,8 @@ def convert(name: str, hint: Any, default: Any, text: str) -> Any:
         wanted = getattr(hint, "__name__", hint) if kind is tuple or not options else ", ".join(options)
         fail(f"--{name} {text}: expected {wanted}{nearest(text, options)}")
     for v in value if kind is tuple else (value,):
-        least = 1 if name in AT_LEAST_ONE and default != 0 else 0
+        signed = isinstance(default, (int, float)) and default < 0
+        least = -math.inf if signed else 1 if name in AT_LEAST_ONE and default != 0 else 0
         if hint is not bool and isinstance(v, (int, float)) and not (math.isfinite(v) and v >= least):
             fail(f"--{name} {v}: must be {least} or more")
         if name == "seed" and v >= 2 ** 63:
@@ -1590,7 +1592,11 @@ def given_flags(cls: type, aliases: dict, argv: list[str]) -> dict:
     while words:
         word, text = words.pop(0), None
         name = word[2:].replace("-", "_")
+        name = aliases[name] if isinstance(aliases.get(name), str) else name  # whose values may have spellings too
         alias = aliases.get(name, name) if word.startswith("--") else ""
+        if alias is None:  # a published flag without effect: dropped with its value, if it has one
+            words[:has_value()] = []
+            continue
         if isinstance(alias, dict):  # value -> (flag, value), or None: dropped; an own flag keeps other values
             text = value(name)
             if text not in alias and name not in defaults:
@@ -1703,8 +1709,9 @@ def evaluate_file(args: Any) -> dict:
     data = load_data(args.dataset, args.data_dir, device, data_url=args.data_url, limit_test=args.limit_test)
     own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
     net, info = load_teacher(path, getattr(args, "arch", "") or own, data.num_classes)
-    if args.teacher and teacher_file(args, data)[0].is_file():
-        get_teacher(args, data)
+    size = getattr(args, "teacher_size", 0)
+    if args.teacher and teacher_file(args, data, size)[0].is_file():
+        get_teacher(args, data, size)
     fallback = args.norm if args.norm != "auto" else data.norm
     data.set_norm(args.norm if "norm" in args.given else info["norm"] or fallback)
     model = Upsampled(net, args.input_size) if getattr(args, "input_size", 0) else net
@@ -1731,6 +1738,7 @@ class EvalArgs:
     norm: str = "auto"  # name in NORMS or six numbers; auto = the file's, else the data set's
     teacher: str = ""  # also print Agree@1 and L_p against this teacher; a run folder brings its own
     teacher_ckpt: str = ""  # the teacher's checkpoint
+    teacher_size: int = 0  # the teacher's input size where it has one of its own
     allow_weak_teacher: bool = False  # go on with a teacher near chance
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     keep: str = ""  # put the row into tests/results/NAME.jsonl

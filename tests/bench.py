@@ -2,6 +2,8 @@
 
   python tests/bench.py data      one augmented, shuffled, normalised epoch of 50,000 CIFAR-sized images
   python tests/bench.py pgdi      synthesis iteration and distillation step against the published form of them
+  python tests/bench.py akd_gan   a round of preset dfad (5 student steps, 1 generator step) against the plain loop
+  python tests/bench.py adadfkd   one round (1 generator step, 10 student steps) against the published form of it
   python tests/bench.py start     from the end of `import torch` to the first step, CIFAR-10 in DATA_DIR or ./data
   python tests/bench.py all       all of them; add --keep to put the rows into tests/results/speed.jsonl
 """
@@ -278,7 +280,176 @@ def bench_pgdi() -> list[dict]:
     return rows
 
 
-BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "start": bench_start}
+def bench_akd_gan() -> list[dict]:
+    """A round of preset dfad, ResNet-34 -> half-width ResNet-18, 100 classes, batch 32, one thread; equal losses.
+
+    The plain form is the published loop: a graph in every pass of the generator, a teacher call for each batch, all
+    weight gradients in the generator step.
+    """
+    import torch.nn.functional as F
+
+    import akd_gan
+    torch.set_num_threads(1)
+    args = akd_gan.Args(**{**akd_gan.DFAD, "batch_size": 32})
+    noise = torch.randn(args.kd_steps + 1, args.batch_size, args.nz, generator=torch.Generator().manual_seed(0))
+
+    def players(layout: torch.memory_format) -> tuple:
+        torch.manual_seed(1)
+        made = (common.build_model("resnet34", 100).eval(), common.build_model("resnet18_small", 100),
+                akd_gan.Generator(args.nz, args.ngf))
+        teacher, student, generator = (net.to(memory_format=layout) for net in made)
+        return (teacher, student, generator, torch.optim.SGD(student.parameters(), args.lr, 0.9, weight_decay=5e-4),
+                torch.optim.Adam(generator.parameters(), args.lr_g))
+
+    def plain(teacher, student, generator, sgd, adam) -> list:
+        losses = []
+        for z in noise[:-1]:
+            x = generator(z).detach()
+            with torch.no_grad():
+                t = teacher(x)
+            loss = F.l1_loss(student(x), t)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses.append(loss.item())
+        x = generator(noise[-1])
+        loss = -F.l1_loss(student(x), teacher(x))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return losses
+
+    def ours(teacher, student, generator, sgd, adam, at_once: int = args.batch_size, amp: str = "none") -> list:
+        rows, now = iter(noise), dataclasses.replace(args, amp=amp)
+        losses, _, _ = akd_gan.student_steps(student, sgd, generator, teacher, lambda: next(rows), now, at_once)
+        akd_gan.generator_step(student, generator, adam, teacher, next(rows), now)
+        return losses.tolist()
+
+    a, b = players(torch.contiguous_format), players(torch.channels_last)
+    b[0].requires_grad_(False)
+    first = plain(*a)[:2], ours(*b)[:2]  # the path that follows is chaotic in float32; in float64 a test compares it
+    assert np.allclose(*first, rtol=1e-3), first
+    name, whole = "akd_gan round of dfad", args.kd_steps * args.batch_size
+    rows = [row(name, *alternate(partial(plain, *a), partial(ours, *b), rounds=3)),
+            row(f"{name}, bf16", *alternate(partial(plain, *a), partial(ours, *b, amp="bf16"), rounds=2))]
+    row(f"{name}, one teacher call for all steps", *alternate(partial(ours, *b), partial(ours, *b, whole), rounds=2))
+    return rows
+
+
+def bench_adadfkd() -> list[dict]:
+    """One round, WRN-40-2 -> WRN-16-2, 100 classes, batch 64, ring of 8192, one thread; the losses are equal.
+
+    The plain form is the published round: nothing frozen, hooks armed in every pass, upsampling before each conv, one
+    pass of G and T for each student step, the queue cloned, read-backs.
+    """
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    import adadfkd
+    torch.set_num_threads(1)
+    classes, batch, n = 100, 64, 10
+    args = adadfkd.Args(adv=1.0, T=2.0, loss="kl", s_nce=0.15, lambda_0=10.0, length=0.8, N_neg=8192, nz=512,
+                        curr_level="batch")
+    data = common.Data("cifar100", lambda split: (np.zeros((classes, 3, 32, 32), np.uint8), np.arange(classes),
+                                                  [str(c) for c in range(classes)]), norm="cifar100")
+    torch.manual_seed(0)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
+    z_g, z_s, window = torch.randn(batch, args.nz), torch.randn(n, batch, args.nz), (0, int(0.8 * args.N_neg))
+    queue = adadfkd.Queue(128, args.N_neg, 32, torch.Generator().manual_seed(0))
+    nets = [common.build_model("wrn40_2", classes).eval(), common.build_model("wrn16_2", classes),
+            adadfkd.init_normal(adadfkd.Generator(args.nz))]
+
+    # ---- plain
+    teacher, student, generator = copy.deepcopy(nets)
+    for i, m in enumerate(generator.main):
+        if isinstance(m, adadfkd.UpConv):
+            conv = nn.Conv2d(m.in_channels, m.out_channels, 3, padding=1, bias=False)
+            conv.load_state_dict(m.state_dict())
+            generator.main[i - 1], generator.main[i] = nn.Upsample(scale_factor=2), conv
+    adam = torch.optim.Adam(generator.parameters(), args.lr_g, (0.9, 0.99))
+    sgd = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    bn_terms, keys, losses = [], queue.keys.clone(), {}
+
+    def bn_hook(m: nn.Module, inputs: tuple, _: torch.Tensor) -> None:
+        h = inputs[0]
+        mu = h.mean((0, 2, 3))
+        var = h.permute(1, 0, 2, 3).contiguous().view(h.shape[1], -1).var(1, unbiased=False)
+        bn_terms.append(torch.norm(m.running_var - var) + torch.norm(m.running_mean - mu))
+
+    for m in teacher.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_hook(bn_hook)
+
+    def plain_pass(x: torch.Tensor) -> tuple:
+        bn_terms.clear()
+        logits, feats = teacher(x, return_features=True)
+        return logits, feats[-1]
+
+    def plain() -> None:
+        found = losses["plain"] = []
+        student.eval()
+        generator.train()
+        x = (generator(z_g).contiguous() - mean) / std
+        t, t_feat = plain_pass(x)
+        loss_bn = sum(bn_terms)
+        s, s_feats = student(x, return_features=True)
+        p = F.softmax(t / 2, 1).mean(0)
+        ent, oh, act = -(p * p.log()).sum(), F.cross_entropy(t, t.max(1)[1]), -t_feat.abs().mean()
+        adv = -9 * F.kl_div(F.log_softmax(s / 3, 1), F.softmax(t / 3, 1), reduction="batchmean")
+        a, k, old = F.normalize(t_feat), F.normalize(s_feats[-1].detach()), keys.clone()
+        order = (a @ old).sort(1)[1][:, window[0]:window[1]]
+        rows = torch.cat([(a * k).sum(1, keepdim=True), (a @ old).gather(1, order)], 1) / args.tau
+        rel = F.cross_entropy(rows, torch.zeros(batch, dtype=torch.long))
+        keys[:, :batch] = k.T
+        loss = -20 * ent + adv + oh + 0 * act + loss_bn + 0.1 * rel
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        found.append(loss.item())
+        student.train()
+        generator.eval()
+        for i, z in enumerate(z_s):
+            with torch.no_grad():
+                x = (generator(z).contiguous() - mean) / std
+                t, t_feat = plain_pass(x)
+            s, s_feats = student(x, return_features=True)
+            kd = 4 * F.kl_div(F.log_softmax(s / 2, 1), F.softmax(t / 2, 1), reduction="batchmean")
+            nce = F.cross_entropy(F.normalize(t_feat) @ F.normalize(s_feats[-1]).T / args.tau, torch.arange(batch))
+            low = kd + 0.15 * nce
+            lam = 10 + 2e-5 * i
+            v = (1 + np.exp(-lam)) / (1 + torch.exp(low.detach() - lam))
+            sgd.zero_grad()
+            (v * low).backward()
+            sgd.step()
+            found.append((v * low).item())
+
+    # ---- ours
+    t_net, s_net, g_net = (net.to(memory_format=torch.channels_last) for net in copy.deepcopy(nets))
+    t_net.requires_grad_(False)
+    our_adam = torch.optim.Adam(g_net.parameters(), args.lr_g, (0.9, 0.99))
+    our_sgd = torch.optim.SGD(s_net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+
+    def identity(f: torch.Tensor) -> torch.Tensor:
+        return f
+
+    def ours(amp: str = "none") -> None:
+        now = dataclasses.replace(args, amp=amp)
+        *_, terms = adadfkd.generator_step(g_net, our_adam, t_net, s_net, z_g, data, queue, window, identity, 1.0, now)
+        found = [terms[0]]
+        for i, taught in enumerate(adadfkd.fresh_batches(g_net, t_net, z_s, data, 0, amp)):
+            lam = adadfkd.lam_at(i, 10.0, adadfkd.OTHER_RATE)
+            found.append(adadfkd.student_step(s_net, our_sgd, *taught, identity, lam, now)[0].detach())
+        losses[f"ours{amp}"] = torch.stack(found).tolist()
+
+    plain(), ours()
+    assert np.allclose(losses["plain"], losses["oursnone"], rtol=2e-3), losses
+    rows = [row("adadfkd round, 1 generator and 10 student steps", *alternate(plain, ours, rounds=2))]
+    row("adadfkd round, bf16", *alternate(plain, partial(ours, amp="bf16"), rounds=1))
+    return rows
+
+
+BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "akd_gan": bench_akd_gan, "adadfkd": bench_adadfkd, "start":
+           bench_start}
 
 if __name__ == "__main__":
     names = [w for w in sys.argv[1:] if w != "--keep"]
