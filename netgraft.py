@@ -5,39 +5,39 @@ Paper   Shen, Wang, Yin, Song, Luo, Song, "Progressive Network Grafting for Few-
 Data    K images per class of the teacher's training set (default 10). Labels serve only to draw the same number per
         class, and unlabelled images of your own do as well; the test split only for reporting.
 
-Teacher and student are cut into blocks B_0..B_N and S_0..S_N (stem, stages, head). The leading blocks of one
-architecture are shared and frozen, and so is a head of one shape. The rest of the student is the scion, in grafts
-G_b = e_b . S_b . a_b, where a_b and e_b are 1x1 convs with bias to and from the student's width, only where the
-widths differ (the VGG16 pair).
+Teacher and student are cut into blocks B_0..B_N and S_0..S_N (stem, stages, head). Leading blocks of one architecture
+are shared and frozen, and so is a head of one shape. The rest of the student is the scion, in grafts
+G_b = e_b . S_b . a_b; a_b and e_b are 1x1 convs with bias to and from the student's width, where it differs (VGG16).
 
 Stage 1, for each graft b by itself (phases "block b/n")
   1. every epoch: shuffle the images, draw one of the 162 crops and flips for each
-  2. t = B_N ... B_0 (x), and s the same with G_b in the place of its counterpart; one Adam step on G_b, lr_block for
-     S_b, lr_t2s for a_b, lr_s2t for e_b, with
+  2. t = B_N ... B_0 (x), and s the same with G_b in the place of its counterpart; one Adam step on G_b (rates lr_block
+     for S_b, lr_t2s for a_b, lr_s2t for e_b) with (1), or (2) under --no-norm_loss
        L = sum_n sum_c (s_nc / |s_n| - t_nc / |t_n|)^2            sum over batch and classes                        (1)
-     or, with --no-norm_loss,
        L = mean_nc (s_nc - t_nc)^2                                mean over batch and classes                       (2)
-Stage 2, for L = 2..n (phases "net i/n-1")
-  3. the first L grafts, joined, in the place of their counterparts; a new Adam at lr_net on all of them; L by (1).
-     After the last phase nothing of the teacher is left but the shared blocks.
-Folding (VGG16 pair)
-  4. between two grafts e and a follow each other: one affine map per pixel
+Stage 2, for L = 2..n (phases "net L-1/n-1")
+  3. the same with the first L grafts joined and a new Adam at lr_net; at the end only shared blocks are the teacher's
+Folding (VGG16)
+  4. e and a of two neighbours follow each other: one affine map per pixel
        u -> P u + c,   P = A E,   c = A b_e + b_a                                                                   (3)
      It moves into the conv behind it (W: out, in, 3, 3), whose zero padding knows no c: the bias depends on the place
        W'[o, :] = sum_i W[o, i] P[i, :],   bias_map = conv(zero-padded constant image c, W) + b                     (4)
      and the last pair with the student's two Linears becomes one Linear.
+Option --init teacher (not in the paper): VGG16 grafts begin with the channels u of each teacher layer that have the
+largest mean square; the weights behind them take in what the others (v) are by least squares on the images
+  0. v ~ R u + r,   W' = W_u + W_v R,   b' = b + sum_taps W_v r                                                     (5)
+ResNet, WRN: each residual block copies one of the teacher's stage, chosen evenly from first to last
 
 Symbols  B_i -> t_blocks[i], S_i -> s_blocks[i], G_b -> scion[b], s, t -> s_logits, t_logits, K -> shots
-Rates and epochs for K shots: hparams; batch 64 K/10 and the rates of stage 1 times K/10, lr_net 1e-4 whatever K.
+Schedule for K shots: hparams. Batch 64 K/10, rates of stage 1 times K/10, lr_net 1e-4, a fixed number of steps.
 
 Deviations
-  D1 the published number is the best test epoch of the last phase; the result here is the last epoch, the best beside it
+  D1 the published number is the best test epoch of the last phase; the result here is the last, the best beside it
   D2 the official code never folds and saves the scion alone; student.pt is a complete network without the 1x1 convs
-  D3 teacher outputs of all 162 views of an image are computed once and kept, and so are the test images at the first
-     cut (the same numbers bit for bit, some twenty times faster); --cache_gb 0 computes them in every step
-  D4 the four phases before the last are tested at their end only, not after every epoch
-  D5 a lone last image joins the batch before it (batch norm in other pairs; no published schedule leaves one)
-  kept as it is: the rates of stage 1 fall with K although the number of steps stays, lr_net does not
+  D3 teacher outputs of all 162 views of an image, and of the test images at the first cut, are computed once and kept
+     (the same numbers bit for bit, some twenty times faster); --cache_gb 0 computes them in every step
+  D4 the phases before the last are tested at their end only, not after every epoch
+  D5 a lone last image joins the batch before it, for batch norm (no published schedule leaves one)
 
   python netgraft.py --smoke                 # a minute on a CPU, no download
   python netgraft.py --dataset cifar10       # the published 10-shot run; --shots 1 ... 50 for the others
@@ -45,10 +45,12 @@ Deviations
 import hashlib
 import json
 import math
+import re
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal, Optional
+from typing import Any, Callable, Iterable, Literal, Optional
 
 import numpy as np
 import torch
@@ -57,9 +59,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    PADDING, Data, ResNet, Run, VGGBlocks, WideResNet, accuracy, agreement, autocast, batches, build_model, cli,
-    count_params_macs, crop_flip, evaluate_file, fail, get_teacher, is_state_dict, load_data, load_teacher,
-    read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
+    PADDING, Data, ResBlock, ResNet, Run, VGGBlocks, WideBlock, WideResNet, accuracy, agreement, autocast, batches,
+    build_model, cli, count_params_macs, crop_flip, evaluate_file, fail, get_teacher, is_state_dict, load_data,
+    load_teacher, read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
 
 PAIR = ("netgraft_vgg16", "netgraft_vgg16_student")
 
@@ -100,7 +102,7 @@ class Args:
     fewshot_dir: str = ""  # folder of unlabelled images, at any depth, in the place of drawn shots
     fewshot_file: str = ""  # official pickle of few-shot images in the place of drawn shots
     build_dataset: bool = False  # only draw the shots, print their hash and stop
-    epochs_block: tuple[int, ...] = ()  # stage 1: epochs of each graft (the last one repeats; 0 skips); none = published
+    epochs_block: tuple[int, ...] = ()  # stage 1: epochs of each graft, the last one repeats, 0 skips; none = published
     epochs_net: tuple[int, ...] = ()  # stage 2: epochs of 2, 3 ... joined grafts, likewise
     batch_size: int = 0  # images per step; 0 = published: 64 for 10 shots
     lr_block: tuple[float, ...] = ()  # stage 1: rate of each student block; none = published, as in the next two
@@ -110,120 +112,102 @@ class Args:
     scale_with_shots: bool = True  # published batch size and rates of stage 1 times shots / 10
     norm_loss: bool = True  # loss on normalised logits, eq. (1); off: eq. (2)
     adapt_bias: bool = True  # bias in the 1x1 convs
+    init: Literal["random", "teacher"] = "random"  # grafts begin as published, or with the teacher's weights, eq. (5)
     fold: bool = True  # student.pt without 1x1 convs; off: prefix and scion as they were trained
     cache_gb: float = 4.0  # memory for the kept outputs of all views, and for those of the test images; 0 = none
 
 
 PRESETS = {
-    "auto": {"*": dict(eval_every=10, save_every=50)},  # D4: epochs of the last phase
+    "auto": {"*": dict(eval_every=10, save_every=50)},  # epochs of the last phase
+    "recover": {"*": dict(eval_every=10, save_every=50, init="teacher")},
+    "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs_block=(40, 70, 20), cache_gb=0.6,
+                       epochs_net=(40, 120), batch_size=32, lr_block=(4e-3,), lr_net=2e-3, eval_every=40)},
     "smoke": {"*": dict(dataset="shapes", teacher="resnet14", student="resnet8", limit_train=300, limit_test=200,
                         shots=2, epochs_block=(2,), epochs_net=(2,), log_every=1, allow_weak_teacher=True)}}
 ALIASES = {"nshot": "shots", "num_per_class": "shots"}
-SHOTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50)
 PUBLISHED = {("auto", dataset, *PAIR, shots): (top1, "best on test") for dataset, row in {
     "cifar10": (90.74, 92.60, 92.70, 92.77, 92.88, 92.84, 92.77, 92.83, 92.88, 92.89, 92.78, 92.76),
     "cifar100": (64.22, 66.51, 67.35, 67.69, 68.16, 68.38, 68.46, 68.78, 68.77, 68.86, 69.04, 69.06)}.items()
-    for shots, top1 in zip(SHOTS, row)}
+    for shots, top1 in zip((*range(1, 11), 20, 50), row)}
 
 
-# ------------------------------------------------------------------------------------------------- rates and losses
-
-SCHEDULES = {  # for 10 shots: stage 1 for each graft, stage 2 for 2 and 3 joined grafts
-    "cifar10": dict(s1_epochs=(100, 60, 60), s2_epochs=(100, 100), seed=6, s1_lr_block=(2.5e-4, 2.5e-4, 2.5e-4),
+SCHEDULES = {  # for 10 shots; stage 1 graft by graft, stage 2 for 2 and 3 joined grafts
+    "cifar10": dict(s1_epochs=(100, 60, 60), s2_epochs=(100, 100), s1_lr_block=(2.5e-4, 2.5e-4, 2.5e-4),
                     s1_lr_t2s=(2.5e-3, 2.5e-3), s1_lr_s2t=(2.5e-3, 2.5e-3)),
-    "cifar100": dict(s1_epochs=(1000, 200, 200), s2_epochs=(150, 150), seed=10, s1_lr_block=(2.5e-4, 1e-3, 1e-3),
+    "cifar100": dict(s1_epochs=(1000, 200, 200), s2_epochs=(150, 150), s1_lr_block=(2.5e-4, 1e-3, 1e-3),
                      s1_lr_t2s=(1e-3, 1e-3), s1_lr_s2t=(1e-3, 1e-3))}
 
 
 def hparams(dataset: str, shots: float, scale: bool = True) -> dict[str, Any]:
-    """The published values (any number of images per class); other data take the column with as many classes."""
+    """The published values for any number of images per class; other data take the column nearest in classes."""
     f = shots / 10 if scale else 1.0
-    batch = int(64 * f)
-    rates = {k: tuple(f * v for v in row) if "_lr_" in k else row for k, row in SCHEDULES[dataset].items()}
-    return {**rates, "s1_batch": batch, "s2_batch": batch, "s2_lr": 1e-4}
+    batch = max(2, int(64 * f))
+    values = {k: tuple(f * v for v in row) if "_lr_" in k else row for k, row in SCHEDULES[dataset].items()}
+    return {**values, "s1_batch": batch, "s2_batch": batch, "s2_lr": 1e-4}
 
 
 def norm_mse(s_logits: Tensor, t_logits: Tensor) -> Tensor:
-    """Eq. (1): rows of length 1; sum over batch and classes."""
+    """Rows of length 1; sum over batch and classes, eq. (1)."""
     return (F.normalize(s_logits, eps=1e-12) - F.normalize(t_logits, eps=1e-12)).square().sum()
 
 
-def raw_mse(s_logits: Tensor, t_logits: Tensor) -> Tensor:
-    """Eq. (2): mean over batch and classes."""
-    return F.mse_loss(s_logits, t_logits)
-
-
-# ------------------------------------------------------------------------------------------------- blocks and grafts
-
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))  # (B, C)
-
-
 def cut(net: nn.Module) -> list[nn.Module]:
-    """The blocks of a network in forward order (they are its own modules): stem, stages, head."""
+    """The blocks of a network in forward order, made of its own modules: stem, stages, head."""
     if isinstance(net, VGGBlocks):
         return [*net.features, nn.Sequential(nn.Flatten(), net.classifier)]
+    mean = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if isinstance(net, ResNet):
-        pool = [nn.MaxPool2d(3, 2, 1)] if net.stem == "imagenet" else []
-        stages = [getattr(net, f"layer{i + 1}") for i in range(net.stages)]
-        return [nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *pool), *stages, nn.Sequential(Mean(), net.linear)]
+        stem = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *[nn.MaxPool2d(3, 2, 1)] * (net.stem == "imagenet"))
+        return [stem, *(getattr(net, f"layer{i + 1}") for i in range(net.stages)), nn.Sequential(*mean, net.linear)]
     if isinstance(net, WideResNet):
-        head = nn.Sequential(net.bn1, nn.ReLU(), Mean(), net.fc)
+        head = nn.Sequential(net.bn1, nn.ReLU(), *mean, net.fc)
         return [nn.Sequential(net.conv1), net.block1, net.block2, net.block3, head]
-    if isinstance(net, Graft):
-        return [*net.prefix, *net.scion, *net.suffix]
     if not isinstance(net, nn.Sequential):
         fail(f"{type(net).__name__} cannot be cut into blocks; this works for resnet and wrn networks, netgraft_vgg16, "
              "and a network of your own that is one nn.Sequential of its blocks")
     blocks: list[nn.Module] = []
     for module in net:  # what has no weights (activation, pool, flatten) belongs to the block before it
-        bare = blocks and not any(True for _ in module.parameters())
+        bare = blocks and not list(module.parameters())
         blocks.append(nn.Sequential(*blocks.pop(), module) if bare else nn.Sequential(module))
     return blocks
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return str(a) == str(b) and shapes_of(a.state_dict()) == shapes_of(b.state_dict())
-
-
 def cut_shapes(blocks: list[nn.Module], size: int) -> list[tuple]:
-    """Shape of one image, and of what it becomes behind each block; a block must not overwrite its input."""
+    """Shapes (without batch) of the image and of what it is behind each block, which must not overwrite its input."""
     x, shapes = torch.zeros(2, 3, size, size, device=next(blocks[0].parameters()).device), []
     with torch.no_grad():
         for i, block in enumerate(blocks):
             shapes.append(tuple(x.shape[1:]))
-            before, y = x._version, block.eval()(x)
-            if x._version != before:
+            version, y = x._version, block.eval()(x)
+            if x._version != version:
                 fail(f"block {i} overwrites its input, which others need: its first activation must not be in-place")
             x = y
     return [*shapes, tuple(x.shape[1:])]
 
 
 def match(teacher: nn.Module, student: nn.Module, size: int, bias: bool = True) -> tuple[int, nn.Sequential]:
-    """(number of shared leading blocks, scion); the student takes over the teacher's weights in shared blocks."""
+    """(number of shared leading blocks, scion); in shared blocks the student gets the teacher's weights."""
     t_blocks, s_blocks = cut(teacher), cut(student)
-    works = "; pairs that work: resnet56 -> resnet20, wrn40_2 -> wrn16_2, netgraft_vgg16 -> netgraft_vgg16_student"
-    family = [next(c for c in (VGGBlocks, ResNet, WideResNet, nn.Sequential) if isinstance(n, c))
-              for n in (teacher, student)]
-    if family[0] != family[1] or len(t_blocks) != len(s_blocks):
-        fail(f"teacher ({family[0].__name__}, {len(t_blocks)} blocks) and student ({family[1].__name__}, "
-             f"{len(s_blocks)} blocks) must be of one family and have as many blocks{works}")
+    hint = "; pairs that work: resnet56 -> resnet20, wrn40_2 -> wrn16_2, netgraft_vgg16 -> netgraft_vgg16_student"
+    family = [c for c in (VGGBlocks, ResNet, WideResNet, nn.Sequential) if isinstance(teacher, c)][0]
+    if not isinstance(student, family) or len(t_blocks) != len(s_blocks):
+        fail(f"teacher ({len(t_blocks)} blocks) and student ({len(s_blocks)}) must be of one family and have as many "
+             f"blocks{hint}")
     t_shapes, s_shapes = cut_shapes(t_blocks, size), cut_shapes(s_blocks, size)
     for i, (t, s) in enumerate(zip(t_shapes, s_shapes)):
-        if t != s and not (family[0] is VGGBlocks and t[1:] == s[1:]):
-            fail(f"behind block {i - 1} (0 is the stem) the teacher has {t}, the student {s}; they must be equal{works}")
-    shared = [same(t, s) for t, s in zip(t_blocks, s_blocks)]
-    start, stop = (shared + [False]).index(False), len(shared) - shared[-1]
+        if t != s and not (family is VGGBlocks and t[0] > s[0] and isinstance(student.classifier, nn.Sequential)):
+            fail(f"behind block {i - 1} (the stem is 0) the teacher has {t}, the student {s}; they must be equal{hint}")
+    shared = [str(t) == str(s) and shapes_of(t.state_dict()) == shapes_of(s.state_dict())
+              for t, s in zip(t_blocks, s_blocks)]
+    start, stop = [*shared, False].index(False), len(shared) - shared[-1]
     if start >= stop:
-        fail(f"teacher and student are the same network, nothing is left to graft{works}")
+        fail(f"teacher and student are the same network, nothing is left to graft{hint}")
     for i in (*range(start), *range(stop, len(shared))):
-        s_blocks[i].load_state_dict(t_blocks[i].state_dict())
-        s_blocks[i].requires_grad_(False)
+        s_blocks[i].requires_grad_(False).load_state_dict(t_blocks[i].state_dict())
     scion = nn.Sequential()
     for i in range(start, stop):
-        t2s, s2t = ([nn.Conv2d(c_in[0], c_out[0], 1, bias=bias)] if c_in != c_out else [] for c_in, c_out in
-                    ((t_shapes[i], s_shapes[i]), (s_shapes[i + 1], t_shapes[i + 1])))
+        t2s, s2t = ([nn.Conv2d(a[0], b[0], 1, bias=bias)] if a != b else [] for a, b in (
+            (t_shapes[i], s_shapes[i]), (s_shapes[i + 1], t_shapes[i + 1])))
         for conv in t2s + s2t:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             if bias:
@@ -232,51 +216,38 @@ def match(teacher: nn.Module, student: nn.Module, size: int, bias: bool = True) 
     return start, scion
 
 
-class Graft(nn.Module):
-    """Teacher blocks, a scion (some of the grafts), teacher blocks: the grafted teacher, only the scion learns."""
+class Graft(nn.Sequential):
+    """The grafted teacher: some of its blocks, a scion in the place of others, the rest of it."""
 
     def __init__(self, prefix: Iterable[nn.Module], scion: Iterable[nn.Module], suffix: Iterable[nn.Module]):
-        super().__init__()
-        self.prefix, self.scion, self.suffix = (nn.Sequential(*part) for part in (prefix, scion, suffix))
+        parts = {"prefix": prefix, "scion": scion, "suffix": suffix}
+        super().__init__(OrderedDict((name, nn.Sequential(*part)) for name, part in parts.items()))
 
     def train(self, mode: bool = True) -> "Graft":
         super().train(False)  # the teacher's batch norm never leaves eval mode
         self.scion.train(mode)
         return self
 
-    def after(self, h: Tensor) -> Tensor:
-        return self.suffix(self.scion(h))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.prefix(x))
-
-
-# ----------------------------------------------------------------------------------------------------- views (D3)
 
 VIEWS = 2 * (2 * PADDING + 1) ** 2  # crops and flips of an image: 162
 
 
-class Views:
-    """Outputs of the frozen teacher blocks on every view of every image, and on the test images.
+def view_images(data: Data, x: Tensor, rows: Tensor) -> Tensor:
+    """Row VIEWS * i + v is view v of image i: cropped on black padding, flipped, normalised."""
+    side, view = 2 * PADDING + 1, rows % VIEWS
+    return data.normalize(crop_flip(x[rows // VIEWS], view // (2 * side), view // 2 % side, view % 2 == 1))
 
-    Cut i lies before block i: cut 0 holds the images, the last one the logits. View v of image i is row VIEWS * i + v.
-    kept[i] holds all rows of cut i; at() computes what is not kept from the deepest kept cut before it.
+
+class Outputs:
+    """Outputs of the frozen teacher blocks for n images, images(rows) (D3).
+
+    Cut i lies before block i: cut 0 holds the images, the last one the logits. kept[i]: all rows of cut i; what is not
+    kept is computed from the deepest kept cut before it. Parts of one size, never small, have the bits of a step.
     """
 
-    def __init__(self, data: Data, x: Tensor, blocks: list[nn.Module], start: int, cache_gb: float,
-                 layout: torch.memory_format = torch.contiguous_format):
-        self.data, self.x, self.blocks, self.layout, self.room = data, x, blocks, layout, cache_gb * 2 ** 30
-        self.start, self.kept, self.test = start, {}, None
-        self.shapes = cut_shapes(blocks, data.image_size)
-        macs = [0] + [count_params_macs(nn.Sequential(*blocks[:i + 1]).eval(), data.image_size)[1]
-                      for i in range(len(blocks))]
-        self.worth = [20 * m > macs[-1] for m in macs]  # a stem is sooner computed than kept
-
-    def images(self, rows: Tensor) -> Tensor:
-        """Cut 0: cropped on black padding, flipped, normalised."""
-        side, view = 2 * PADDING + 1, rows % VIEWS
-        x = crop_flip(self.x[rows // VIEWS], view // (2 * side), view // 2 % side, view % 2 == 1)
-        return self.data.normalize(x).contiguous(memory_format=self.layout)
+    def __init__(self, images: Callable, n: int, part: int, blocks: list[nn.Module], shapes: list, cache_gb: float):
+        self.images, self.blocks, self.shapes, self.room, self.kept = images, blocks, shapes, cache_gb * 2 ** 30, {}
+        self.parts = torch.arange(n, device=next(blocks[0].parameters()).device).split(part)
 
     @torch.no_grad()
     def at(self, rows: Tensor, cuts: list[int]) -> list[Tensor]:
@@ -285,7 +256,7 @@ class Views:
         for c in cuts:
             near = max((k for k in self.kept if k <= c), default=0)
             if h is None or near > place:
-                h, place = self.kept[near][rows] if near in self.kept else self.images(rows), near
+                h, place = self.kept[near][rows] if near else self.images(rows), near
             for block in self.blocks[place:c]:
                 h = block(h)
             out, place = [*out, h], c
@@ -293,53 +264,27 @@ class Views:
 
     def keep(self, wanted: set[int]) -> None:
         """Keep these cuts as far as there is room (the logits first, then from the front) and free the others."""
-        chosen, room, n = [], self.room, len(self.x) * VIEWS
-        for c in sorted(wanted, key=lambda c: (c != len(self.blocks), c)):
-            size = 4 * n * math.prod(self.shapes[c])
-            if self.worth[c] and size <= room:
-                chosen, room = [*chosen, c], room - size
+        n, room, chosen = sum(map(len, self.parts)), self.room, []
+        for c in sorted(wanted - {1}, key=lambda c: (c != len(self.blocks), c)):  # a stem is sooner computed than kept
+            if 4 * n * math.prod(self.shapes[c]) <= room:
+                chosen, room = [*chosen, c], room - 4 * n * math.prod(self.shapes[c])
         self.kept = {c: h for c, h in self.kept.items() if c in chosen}
-        new = {c: torch.empty(n, *self.shapes[c], device=self.x.device) for c in sorted(set(chosen) - set(self.kept))}
-        new = {c: h.to(memory_format=self.layout) if h.ndim == 4 else h for c, h in new.items()}
-        for i in range(len(self.x) if new else 0):
-            rows = torch.arange(VIEWS * i, VIEWS * (i + 1), device=self.x.device)
-            for kept, h in zip(new.values(), self.at(rows, list(new))):
-                kept[rows] = h
+        new = dict.fromkeys(sorted(set(chosen) - set(self.kept)))
+        for rows in self.parts if new else ():
+            for c, h in zip(new, self.at(rows, list(new))):
+                if new[c] is None:
+                    new[c] = torch.empty_like(h[:1].expand(n, *h.shape[1:]))  # in its memory format
+                new[c][rows] = h
         self.kept.update(new)
 
-    def test_parts(self) -> Iterator[Tensor]:
-        """The test images at the first cut, part by part."""
-        for x in self.data.test_x.split(250 if self.x.device.type == "cpu" else 2000):
-            h = self.data.normalize(x).contiguous(memory_format=self.layout)
-            for block in self.blocks[:self.start]:
-                h = block(h)
-            yield h
-
     @torch.inference_mode()
-    def predict(self, net: nn.Module) -> Tensor:
-        """Test logits (N, C) in float32 of a network that begins at the first cut."""
-        size = 4 * len(self.data.test_x) * math.prod(self.shapes[self.start])
-        if self.test is None and self.worth[self.start] and size <= self.room:
-            self.test = list(self.test_parts())
+    def predict(self, net: nn.Module, place: int) -> Tensor:
+        """Logits (N, C) in float32 of a network that begins at a cut."""
         net.eval()
-        return torch.cat([net(h).float() for h in self.test or self.test_parts()])
-
-    def top1(self, net: nn.Module) -> float:
-        return accuracy(self.predict(net), self.data.test_y)["top1"]
+        return torch.cat([net(self.at(rows, [place])[0]).float() for rows in self.parts])
 
 
-# ------------------------------------------------------------------------------------------------------------ phases
-
-@dataclass
-class Phase:
-    """Epochs begin..end of the run, in which the grafts first..stop learn."""
-    name: str
-    key: str
-    first: int
-    stop: int
-    begin: int
-    end: int
-    optimizer: torch.optim.Adam
+Phase = namedtuple("Phase", "name first stop begin end optimizer")  # grafts first..stop learn, epochs begin..end
 
 
 def make_phases(scion: nn.Sequential, hp: dict[str, Any]) -> list[Phase]:
@@ -347,19 +292,17 @@ def make_phases(scion: nn.Sequential, hp: dict[str, Any]) -> list[Phase]:
     def nth(key: str, i: int) -> Any:
         return hp[key][min(i, len(hp[key]) - 1)]
 
-    n, phases, begin = len(scion), [], 0
+    n, phases, end = len(scion), [], 0
     for first, stop in [(b, b + 1) for b in range(n)] + [(0, size) for size in range(2, n + 1)]:
-        alone = stop - first == 1
         groups = [{"params": list(scion[first:stop].parameters()), "lr": hp["s2_lr"]}]
-        if alone:
-            rates = [nth("s1_lr_block", first) if not isinstance(part, nn.Conv2d) else
-                     nth("s1_lr_t2s", first - 1) if part is scion[first][0] else nth("s1_lr_s2t", first)
-                     for part in scion[first]]
-            groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(scion[first], rates)]
-        epochs = nth("s1_epochs", first) if alone else nth("s2_epochs", stop - 2)
-        name, key = (f"block {stop}/{n}", f"block{stop}") if alone else (f"net {stop - 1}/{n - 1}", f"net{stop}")
-        phases.append(Phase(name, key, first, stop, begin, begin + epochs, torch.optim.Adam(groups, fused=True)))
-        begin += epochs
+        name, epochs = f"net {stop - 1}/{n - 1}", nth("s2_epochs", stop - 2)
+        if stop == first + 1:
+            name, epochs, graft = f"block {stop}/{n}", nth("s1_epochs", first), scion[first]
+            groups = [{"params": list(part.parameters()), "lr": (
+                nth("s1_lr_block", first) if not isinstance(part, nn.Conv2d) else
+                nth("s1_lr_t2s", first - 1) if part is graft[0] else nth("s1_lr_s2t", first))} for part in graft]
+        phases.append(Phase(name, first, stop, end, end + epochs, torch.optim.Adam(groups, fused=True)))
+        end += epochs
     return phases
 
 
@@ -370,17 +313,15 @@ def epoch_parts(n: int, batch_size: int, generator: Optional[torch.Generator] = 
 
 def graft_step(forward: Callable, optimizer: torch.optim.Optimizer, h: Tensor, t_logits: Tensor, loss_fn: Callable,
                amp: str = "none") -> Tensor:
-    """One update from the inputs h of the scion; forward runs from there to the logits."""
+    """One update; forward runs from the input h of the scion to the logits."""
     with autocast(h.device, amp):
         s_logits = forward(h)
-    loss = loss_fn(s_logits.float(), t_logits)  # eq. (1), or eq. (2) with --no-norm_loss
+    loss = loss_fn(s_logits.float(), t_logits)  # eq. (1) or eq. (2)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return loss.detach()
 
-
-# ----------------------------------------------------------------------------------------------------------- folding
 
 def fold_pair(*layers: nn.Module) -> tuple[Tensor, Tensor]:
     """(P, c) in float64 of 1x1 convs, Linears and batch norms (in eval mode) that follow each other."""
@@ -421,154 +362,182 @@ def fold_student(prefix: Iterable[nn.Module], scion: nn.Sequential) -> nn.Module
     return net.to(weight.device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+@torch.no_grad()
+def init_from_teacher(graft: nn.Sequential, block: nn.Module, x: Tensor) -> None:
+    """Weights of a graft from its counterpart; x: some thousand rows of what the teacher sends into that."""
+    mine, theirs = ([m for m in net.modules() if isinstance(m, (ResBlock, WideBlock))] for net in (graft, block))
+    for i, unit in enumerate(mine):
+        source = theirs[round(i * (len(theirs) - 1) / max(1, len(mine) - 1))].state_dict()
+        unit.load_state_dict({k: source[k] if k in source and source[k].shape == v.shape else v
+                              for k, v in unit.state_dict().items()})
+    learners = [m for m in graft.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not mine]
+    before, behind = ([nn.Identity()] * isinstance(end, nn.Conv2d) for end in (graft[0], graft[-1]))  # for 1x1 convs
+    kept = torch.arange(x.shape[1], device=x.device)
+    for m in [*before, *(m for m in block.modules() if not list(m.children())), *behind] if learners else ():
+        u, x = x, m(x)
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.Identity)):
+            s, eye = learners.pop(0), torch.eye(u.shape[1], dtype=torch.float64, device=x.device)
+            W, b = (eye, 0 * eye[0]) if isinstance(m, nn.Identity) else (m.weight.double(), m.bias.double())
+            if len(kept) < len(eye):
+                v = u.movedim(1, -1).flatten(0, -2).double()  # (pixels of all images, C), the kept ones too: R_u = 1
+                k = torch.cat((v[:, kept], v.new_ones(len(v), 1)), 1)
+                gram = k.T @ k
+                gram.diagonal().add_(1e-5 * gram.diagonal().mean())  # some channels are always 0
+                R = torch.linalg.solve(gram, k.T @ v).T  # the last column is r
+                b = b + torch.einsum("oi...,i->o...", W, R[:, -1]).reshape(len(W), -1).sum(1)  # eq. (5)
+                W = torch.einsum("oi...,ij->oj...", W, R[:, :-1])  # eq. (5)
+            kept = x.relu().square().transpose(0, 1).flatten(1).mean(1).topk(len(s.weight)).indices.sort().values
+            s.weight.copy_(W[kept].view_as(s.weight))
+            if s.bias is not None:
+                s.bias.copy_(b[kept])
+        elif isinstance(m, nn.BatchNorm1d):  # goes into the Linear before it: the student's head has none
+            scale, shift = fold_pair(m)
+            s.weight.copy_(scale @ s.weight.double())
+            s.bias.copy_(scale @ s.bias.double() + shift)
 
-def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, Optional[list[int]]]:
-    """uint8 images on the device, how many per class, and their data set indices where they were drawn."""
+
+def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, dict[str, Any]]:
+    """uint8 images on the device, how many per class, and what config.json says of them."""
+    source, drawn = args.fewshot_file or args.fewshot_dir, None
     if args.fewshot_dir and args.fewshot_file:
         fail("--fewshot_dir and --fewshot_file both bring the images; give one of them")
-    if not (args.fewshot_dir or args.fewshot_file):
-        seed = args.fewshot_seed if args.fewshot_seed >= 0 else SCHEDULES[column(data)]["seed"]
-        x, _, index = data.few_shot(args.shots, "netgraft", seed)
-        return x, args.shots, index.tolist()
     if args.fewshot_file:
-        x = np.asarray(safe_unpickle(args.fewshot_file))
-    else:
+        x = np.asarray(safe_unpickle(source))
+    elif args.fewshot_dir:
         from torchvision.datasets.folder import IMG_EXTENSIONS
-        paths = sorted(p for p in Path(args.fewshot_dir).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         try:
             x = read_images(paths, data.image_size).transpose(0, 3, 1, 2) if paths else np.zeros(0)
         except ValueError as e:
             fail(str(e))
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != data.test_x.shape[1:] or len(x) < 2:
-        fail(f"{args.fewshot_dir or args.fewshot_file}: holds {x.dtype} of shape {x.shape}; needed are 2 images or more, "
-             f"uint8 of shape {('N', *data.test_x.shape[1:])}")
-    return torch.from_numpy(np.ascontiguousarray(x)).to(data.device), len(x) / data.num_classes, None
-
-
-def digest(x: Tensor) -> str:
-    return hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()
-
-
-def column(data: Data) -> str:
-    return "cifar10" if data.num_classes <= 10 else "cifar100"
+    else:
+        seed = args.fewshot_seed if args.fewshot_seed >= 0 else 6 if data.num_classes <= 10 else 10
+        x, _, drawn = data.few_shot(args.shots, "netgraft", seed)
+        x, drawn = x.cpu().numpy(), drawn.tolist()
+    if x.dtype != np.uint8 or x.shape[1:] != data.test_x.shape[1:] or len(x) < 2:
+        fail(f"{source} holds {x.dtype} of shape {x.shape}, not 2 or more uint8 images {tuple(data.test_x.shape[1:])}")
+    x = torch.from_numpy(np.ascontiguousarray(x))
+    shots, facts = len(x) / data.num_classes, {"shots": drawn, "shots_sha256": hashlib.sha256(x.numpy()).hexdigest()}
+    return x.to(data.device), int(shots) if shots.is_integer() else shots, facts
 
 
 def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes: int) -> tuple[nn.Module, dict]:
-    """load_teacher, and the files with an unfolded VGG scion: ours of --no-fold, the official one (no prefix)."""
+    """load_teacher, and files with an unfolded VGG scion: ours of --no-fold, the official one (without the prefix)."""
     state = read_checkpoint(path)
-    official = is_state_dict(state) and "0.1.weight" in state
-    if not is_state_dict(state) or not (official or "scion.0.1.weight" in state):
+    if not is_state_dict(state) or not {"0.1.weight", "scion.0.1.weight"} & state.keys():
         return load_teacher(path, arch, num_classes)
-    state = {f"scion.{k}" if official else k: v.float() for k, v in state.items()}
     teacher, student = (build_model(name, num_classes) for name in PAIR)
-    if official:
+    if "0.1.weight" in state:
         if not teacher_ckpt:
-            fail(f"{path}: an official scion file, which lacks the blocks it shares with its teacher; "
-                 "give that with --teacher_ckpt")
+            fail(f"{path} lacks the blocks that this student shares with its teacher; give that with --teacher_ckpt")
         teacher, _ = load_teacher(teacher_ckpt, PAIR[0], num_classes)
+        state = {f"scion.{k}": v for k, v in state.items()}
     start, scion = match(teacher, student, 32, "scion.0.1.bias" in state)
     net = Graft(cut(teacher)[:start], scion, ())
-    found = {k: v.shape for k, v in state.items()}
-    if found != {k: v.shape for k, v in net.state_dict().items() if not official or k.startswith("scion.")}:
-        fail(f"{path}: does not fit {PAIR[1]} with 1x1 convs and {num_classes} classes; the file is damaged")
-    net.load_state_dict(state, strict=not official)
-    config = read_json(Path(path).parent / "config.json")
-    return net.eval(), {"arch": f"{PAIR[1]}, unfolded", "norm": config.get("derived", {}).get("norm")}
+    state = {**{k: v for k, v in net.state_dict().items() if k.startswith("prefix")}, **state}
+    if shapes_of(state) != shapes_of(net.state_dict()):
+        fail(f"{path} does not fit {PAIR[1]} with 1x1 convs and {num_classes} classes; the file is damaged")
+    net.load_state_dict(state)
+    derived = read_json(Path(path).parent / "config.json").get("derived", {})
+    return net.eval(), {"arch": f"{PAIR[1]} with 1x1 convs", "norm": derived.get("norm")}
 
-
-# -------------------------------------------------------------------------------------------------------------- main
 
 def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_file(args, partial(read_student, args.teacher_ckpt))
     if args.build_dataset:
-        data = load_data(args.dataset, args.data_dir, data_url=args.data_url)
-        x_real, shots, _ = few_shot_images(args, data)
-        print(f"{len(x_real)} images of {args.dataset}, {shots:g} per class, sha256 {digest(x_real)}")
+        x_real, shots, facts = few_shot_images(args, load_data(args.dataset, args.data_dir, data_url=args.data_url))
+        print(f"{len(x_real)} images of {args.dataset}, {shots:g} per class, sha256 {facts['shots_sha256']}")
         return {}
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
     teacher, info = get_teacher(args, data)
-    student = build_model(args.student, data.num_classes, data.image_size)
-    x_real, shots, drawn = few_shot_images(args, data)
-    # maps of 4x4 and 2x2, as in the deep blocks of VGG: plain NCHW takes half the time on a CPU
+    student = build_model(args.student, data.num_classes, data.image_size).to(run.device)
+    x_real, shots, facts = few_shot_images(args, data)
+    # on maps of 4x4 and 2x2, as in VGG's deep blocks, plain NCHW takes half the time on a CPU
     layout = torch.contiguous_format if isinstance(teacher, VGGBlocks) else torch.channels_last
-    teacher.to(memory_format=layout)
-    start, scion = match(teacher, student.to(run.device), data.image_size, args.adapt_bias)
+    start, scion = match(teacher.to(memory_format=layout), student, data.image_size, args.adapt_bias)
     scion.to(run.device, memory_format=layout)
-    t_blocks, stop = cut(teacher), start + len(scion)
-
-    hp = hparams(column(data), shots, args.scale_with_shots)
-    hp.update({key: value for key, value in (
-        ("s1_epochs", args.epochs_block), ("s2_epochs", args.epochs_net), ("s1_lr_block", args.lr_block),
-        ("s1_lr_t2s", args.lr_t2s), ("s1_lr_s2t", args.lr_s2t), ("s2_lr", args.lr_net),
-        ("s1_batch", args.batch_size)) if value})
+    t_blocks, stop, adapted = cut(teacher), start + len(scion), len(scion[0]) > 1
+    hp = hparams("cifar10" if data.num_classes <= 10 else "cifar100", shots, args.scale_with_shots)
+    flags = {"s1_epochs": args.epochs_block, "s2_epochs": args.epochs_net, "s1_lr_block": args.lr_block, "s1_lr_t2s":
+             args.lr_t2s, "s1_lr_s2t": args.lr_s2t, "s2_lr": args.lr_net, "s1_batch": args.batch_size}
+    hp.update({key: value for key, value in flags.items() if value})
     phases = [phase for phase in make_phases(scion, hp) if phase.end > phase.begin]
-    if not phases:
-        fail("no epochs: give --epochs_block, --epochs_net or both")
-    batch_size, steps = hp["s1_batch"], len(epoch_parts(len(x_real), hp["s1_batch"]))
-    graft = {p.key: Graft(t_blocks[start:start + p.first], scion[p.first:p.stop], t_blocks[start + p.stop:])
+    if not phases or hp["s1_batch"] < 2:
+        fail("nothing to train: --epochs_block or --epochs_net must be above 0, --batch_size above 1")
+    graft = {p.name: Graft(t_blocks[start:start + p.first], scion[p.first:p.stop], t_blocks[start + p.stop:])
              for p in phases}
-    whole = Graft((), scion, t_blocks[stop:])
-    loss_fn = norm_mse if args.norm_loss else raw_mse
-    eval_every = 1 if args.select == "best_test" and "eval_every" not in args.given else args.eval_every
-    views = Views(data, x_real, t_blocks, start, args.cache_gb, layout)
-    run.note(teacher=info, norm=data.norm, shots=drawn, shots_sha256=digest(x_real), hparams=hp,
-             phases={p.name: [p.begin, p.end] for p in phases})
-    run.grid("shots", x_real, rows=data.num_classes if drawn else math.isqrt(len(x_real)))
-    start_epoch = run.restore(scion=scion, **{f"adam_{p.key}": p.optimizer for p in phases})
+    whole, shapes = Graft((), scion, t_blocks[stop:]), cut_shapes(t_blocks, data.image_size)
+    views = Outputs(lambda rows: view_images(data, x_real, rows).contiguous(memory_format=layout),
+                    VIEWS * len(x_real), VIEWS, t_blocks, shapes, args.cache_gb)
+    tests = Outputs(lambda rows: data.normalize(data.test_x[rows]).contiguous(memory_format=layout),
+                    len(data.test_x), 250 if run.device.type == "cpu" else 2000, t_blocks, shapes, args.cache_gb)
+    tests.keep({start})
 
-    for k, phase in enumerate(phases):
-        if start_epoch >= phase.end:
+    def top1(net: nn.Module) -> float:
+        return accuracy(tests.predict(net, start), data.test_y)["top1"]
+
+    if args.init == "teacher" and isinstance(teacher, nn.Sequential):
+        fail("--init teacher knows resnet and wrn pairs and netgraft_vgg16, not a network of your own")
+    if args.init == "teacher" and not (run.dir / "ckpt_last.pt").is_file():  # step 0
+        rows = torch.arange(0, VIEWS * len(x_real), max(1, VIEWS * len(x_real) // 1500), device=run.device)
+        for b, x in enumerate(views.at(rows, list(range(start, stop)))):
+            init_from_teacher(scion[b], t_blocks[start + b], x)
+    eval_every = 1 if args.select == "best_test" and "eval_every" not in args.given else args.eval_every
+    loss_fn = norm_mse if args.norm_loss else F.mse_loss  # eq. (1), eq. (2)
+    run.note(teacher=info, norm=data.norm, hparams=hp, phases={p.name: [p.begin, p.end] for p in phases}, **facts)
+    run.grid("shots", x_real, rows=data.num_classes if facts["shots"] else math.isqrt(len(x_real)))
+    steps = len(epoch_parts(len(x_real), hp["s1_batch"]))
+    begin = run.restore(scion=scion, **{f"adam {p.name}": p.optimizer for p in phases})
+
+    for number, phase in enumerate(phases, 1):
+        if begin >= phase.end:
             continue
-        net, last, begin = graft[phase.key], phase is phases[-1], max(start_epoch, phase.begin)
-        # D3: to compute each view once costs as much as VIEWS epochs without the cache
-        cuts = {start + p.first for p in phases[k:]} | {len(t_blocks)} if phases[-1].end > VIEWS else set()
-        views.keep(cuts)
-        if begin == phase.begin and phase.stop - phase.first == 2:  # joined, not yet trained together
-            run.log(begin * steps, begin, phase=k + 1,
-                    **{f"acc_join{p.stop}": views.top1(graft[p.key]) for p in phases[k:]})
-        forward = torch.compile(net.after) if args.compile else net.after
+        net, later = graft[phase.name], phases[number - 1:]
+        if phases[-1].end > VIEWS:  # D3: to compute every view once costs as much as VIEWS epochs that keep nothing
+            views.keep({start + p.first for p in later} | {len(t_blocks)})
+        if begin == phase.begin and phase.name.startswith("net 1/"):  # joined, but not yet trained together
+            run.log(begin * steps, begin, phase=number,
+                    **{f"acc_{p.name.replace('net', 'join')}": top1(graft[p.name]) for p in later})
+        forward = nn.Sequential(net.scion, net.suffix)
+        forward = torch.compile(forward) if args.compile else forward
         for epoch in run.bar(range(begin, phase.end), phase.name):
             net.train()
-            # step 1: the order of the images, and a view of each
-            for step, part in enumerate(epoch_parts(len(x_real), batch_size, run.generator), epoch * steps):
+            for step, part in enumerate(epoch_parts(len(x_real), hp["s1_batch"], run.generator), epoch * steps):
                 view = torch.randint(VIEWS, part.shape, generator=run.generator, device=run.device)
                 h, t_logits = views.at(VIEWS * part + view, [start + phase.first, len(t_blocks)])
-                # step 2 or 3
                 loss = graft_step(forward, phase.optimizer, h, t_logits, loss_fn, args.amp)
                 if step % args.log_every == 0:
-                    run.log(step, epoch, phase=k + 1, loss_kd=loss / (len(part) if args.norm_loss else 1),
+                    run.log(step, epoch, phase=number, loss_kd=loss / (len(part) if args.norm_loss else 1),
                             lr=phase.optimizer.param_groups[0]["lr"])
             done, total = epoch + 1 - phase.begin, phase.end - phase.begin
-            top1 = views.top1(whole) if last and (done % eval_every == 0 or done == total) else None
-            where = f"{phase.name}, epoch {done}/{total}"
+            due = phase is phases[-1] and (done % eval_every == 0 or done == total)
+            score, where = top1(whole) if due else None, f"{phase.name}, epoch {done}/{total}"
             if done == total:  # D4
-                alone = views.top1(net)
-                run.log(step, epoch, phase=k + 1, **{f"acc_{phase.key}": alone})
+                alone = top1(net)
+                run.log(step, epoch, phase=number, **{f"acc_{phase.name}": alone})
                 where += f": {alone:.2f} %"
-            if not run.end_epoch(epoch, scion, top1, where if top1 is not None or done in (1, total) else None):
+            if not run.end_epoch(epoch, scion, score, where if due or done in (1, total) else None):
                 run.finish({})
+        begin = phase.end
 
     if run.best_state:
         scion.load_state_dict(run.best_state[""])
-    unfolded = Graft(t_blocks[:start], scion, t_blocks[stop:])
-    student = unfolded if isinstance(student, VGGBlocks) else student
-    if args.fold and student is unfolded:
-        student = fold_student(unfolded.prefix, scion)  # D2
-    s_logits, trained = views.predict(nn.Sequential(*cut(student)[start:])), views.predict(whole)
+    unfolded, trained = Graft(t_blocks[:start], scion, t_blocks[stop:]), tests.predict(whole, start)
+    if adapted:
+        student = fold_student(unfolded.prefix, scion) if args.fold else unfolded  # D2
+    s_logits = trained if student is unfolded else tests.predict(nn.Sequential(*cut(student)[start:]), start)
     sizes = {name: (*count_params_macs(model, data.image_size), accuracy(logits, data.test_y)["top1"])
              for name, model, logits in (("teacher", teacher, data.t_logits), ("as trained", unfolded, trained),
                                          ("student.pt", student, s_logits))}
     difference = ((s_logits - trained).abs().max() / trained.abs().max()).item()
-    for name, (params, macs, top1) in sizes.items():
-        print(f"{name:<10}  {params:>10,} parameters  {macs / 1e6:8.2f} M MACs  {top1:6.2f} %")
+    for name, (params, macs, score) in sizes.items():
+        print(f"{name:<10}  {params:>10,} parameters  {macs / 1e6:8.2f} M MACs  {score:6.2f} %")
     print(f"largest difference of a test logit, student.pt to as trained: {difference:.1e} of the largest logit")
-    lines = (run.dir / "metrics.jsonl").read_text().splitlines()
-    tops = {key[4:]: value for line in lines for key, value in json.loads(line).items()
-            if key.startswith("acc/") and key != "acc/test_top1"}
+    logged = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    tops = {key[4:]: value for line in logged for key, value in line.items() if re.fullmatch(r"acc/.+/\d+", key)}
     paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, shots))
     return run.finish({
         "shots": shots, "teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
