@@ -1402,8 +1402,11 @@ class Run:
         if self._bar is not None:
             self._bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()), refresh=False)
 
-    def end_epoch(self, epoch: int, student: Any, top1: Any) -> bool:
-        """Log top-1 (None: not evaluated), save when due; False when the run must stop. Several students: dicts."""
+    def end_epoch(self, epoch: int, student: Any, top1: Any, where: Optional[str] = "") -> bool:
+        """Log top-1 (None: not evaluated), save when due; False when the run must stop. Several students: dicts.
+
+        where stands in the printed line in place of the epoch; None: no line.
+        """
         self.students = student if isinstance(student, dict) else {"": student}
         tops = top1 if isinstance(top1, dict) else {} if top1 is None else {"": top1}
         for name, value in tops.items():
@@ -1418,9 +1421,9 @@ class Run:
         if tops:
             accs = {f"acc_test_top1{name and '_' + name}": value for name, value in tops.items()}
             self.log(self.step, epoch, **accs, mem_peak_mb=self.peak_mb())
-        if self.first_rank:
+        if self.first_rank and where is not None:
             shown = "  ".join(f"{n} {s['last']:.2f} % (best {s['best']:.2f})".lstrip() for n, s in self.scores.items())
-            where = f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}"
+            where = where or f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}"
             print(f"{where}  {shown}  {terms}  {self.seconds():.0f} s", flush=True)
         if self.args.time_limit and time.time() - self.begin > self.args.time_limit:
             self.stopped = self.stopped or "the time limit"
@@ -1700,15 +1703,18 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
              (full if e.errno == errno.ENOSPC else "check the path and its permissions"))
 
 
-def evaluate_file(args: Any) -> dict:
-    """Every metric of args.evaluate (a run folder or any checkpoint); Agree@1, L_p where the teacher is at hand."""
+def evaluate_file(args: Any, read: Callable = load_teacher) -> dict:
+    """Every metric of args.evaluate (a run folder or any checkpoint); Agree@1, L_p where the teacher is at hand.
+
+    read(path, arch, num_classes) replaces load_teacher where a method has layouts of its own.
+    """
     path, device = Path(args.evaluate), pick_device(args.device)
     path = path / "student.pt" if path.is_dir() else path
     if not path.is_file():
         fail(f"{path}: no readable checkpoint; check the path")
     data = load_data(args.dataset, args.data_dir, device, data_url=args.data_url, limit_test=args.limit_test)
     own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
-    net, info = load_teacher(path, getattr(args, "arch", "") or own, data.num_classes)
+    net, info = read(path, getattr(args, "arch", "") or own, data.num_classes)
     size = getattr(args, "teacher_size", 0)
     if args.teacher and teacher_file(args, data, size)[0].is_file():
         get_teacher(args, data, size)

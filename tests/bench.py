@@ -5,6 +5,7 @@
   python tests/bench.py akd_gan   a round of preset dfad (5 student steps, 1 generator step) against the plain loop
   python tests/bench.py adadfkd   one round (1 generator step, 10 student steps) against the published form of it
   python tests/bench.py start     from the end of `import torch` to the first step, CIFAR-10 in DATA_DIR or ./data
+  python tests/bench.py netgraft  a step of each of NetGraft's five phases at 10 shots, and a test pass
   python tests/bench.py all       all of them; add --keep to put the rows into tests/results/speed.jsonl
 """
 import copy
@@ -448,8 +449,69 @@ def bench_adadfkd() -> list[dict]:
     return rows
 
 
-BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "akd_gan": bench_akd_gan, "adadfkd": bench_adadfkd, "start":
-           bench_start}
+def bench_netgraft() -> list[dict]:
+    """VGG16 pair, batch 64. Plain: nothing frozen or kept, two read-backs a step, tests with autograd and batch 64.
+
+    Both start from the uint8 images; the kept rows are those of a 10-shot run in number, of random content.
+    """
+    import netgraft
+    torch.set_num_threads(1)
+    teacher, student = (common.build_model(name, 10) for name in netgraft.PAIR)
+    x = np.random.RandomState(0).randint(0, 256, (2000, 3, 32, 32), np.uint8)
+    data = common.Data("cifar10", lambda split: (x, np.arange(len(x)) % 10, list("0123456789")), norm="cifar10")
+    start, scion = netgraft.match(teacher.eval(), student, 32)
+    blocks, end, generator = netgraft.cut(teacher), start + len(scion), torch.Generator().manual_seed(0)
+    shapes = netgraft.cut_shapes(blocks, 32)
+    views = netgraft.Outputs(lambda rows: netgraft.view_images(data, data.test_x, rows), 100 * netgraft.VIEWS,
+                             netgraft.VIEWS, blocks, shapes, 4)
+    views.kept = {c: torch.rand(100 * netgraft.VIEWS, *shapes[c]) for c in (3, 4, 5, 6)}
+    tests = netgraft.Outputs(lambda rows: data.normalize(data.test_x[rows]).contiguous(), len(x), 250, blocks,
+                             shapes, 4)
+    rows, whole = [], netgraft.Graft((), scion, blocks[end:])
+    for p in netgraft.make_phases(scion, netgraft.hparams("cifar10", 10)):
+        net = netgraft.Graft(blocks[:start + p.first], scion[p.first:p.stop], blocks[start + p.stop:]).train()
+        forward = torch.nn.Sequential(net.scion, net.suffix)
+        adams = [torch.optim.Adam(part.parameters(), 1e-4) for part in scion[p.first:p.stop]]
+
+        def plain() -> None:
+            teacher.requires_grad_(True)
+            dy, dx = torch.randint(0, 9, (2, 64), generator=generator)
+            images = data.normalize(common.crop_flip(data.test_x[:64], dy, dx, dx > 4)).contiguous()
+            t_logits = teacher(images).detach()
+            loss = netgraft.norm_mse(net(images), t_logits)
+            for adam in adams:
+                adam.zero_grad()
+            loss.backward()
+            for adam in adams:
+                adam.step()
+            loss.item(), loss.item()
+
+        def ours() -> None:
+            teacher.requires_grad_(False)
+            pick = netgraft.VIEWS * torch.arange(64) + torch.randint(netgraft.VIEWS, (64,), generator=generator)
+            h, t_logits = views.at(pick, [start + p.first, len(blocks)])
+            netgraft.graft_step(forward, p.optimizer, h, t_logits, netgraft.norm_mse)
+
+        rows.append((f"NetGraft step, {p.name}", *alternate(plain, ours, rounds=6)))
+
+    def plain_test() -> None:
+        teacher.requires_grad_(True)
+        net = netgraft.Graft(blocks[:start], scion, blocks[end:]).eval()
+        for part in data.test_x.split(64):
+            net(data.normalize(part).contiguous()).argmax(1).tolist()
+
+    def our_test() -> None:
+        common.accuracy(tests.predict(whole, start), data.test_y)
+
+    tests.keep({start})
+    times = alternate(plain_test, our_test, rounds=3)
+    ratios = [plain / ours for _, plain, ours in rows]
+    print(f"geometric mean of the five steps: {np.exp(np.mean(np.log(ratios))):.1f}")
+    return [row(*r) for r in [*rows, ("NetGraft test pass, 2,000 images", *times)]]
+
+
+BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "akd_gan": bench_akd_gan, "adadfkd": bench_adadfkd, "netgraft":
+           bench_netgraft, "start": bench_start}
 
 if __name__ == "__main__":
     names = [w for w in sys.argv[1:] if w != "--keep"]
