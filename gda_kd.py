@@ -156,15 +156,14 @@ def published(look: dict) -> dict:
         norm, warmup = {"cifar100": "cifar100_gda"}.get(look["dataset"], "auto"), min(10, look["epochs"] // 4)
         v0, native = dict(norm=norm, warmup_epochs=warmup), dict(batch_size=64, lr=0.05, virtual_gpus=1)
         return v0 if look["recipe"] == "v0" else native
-    meta, confident = look["stage"] == "meta", look["distiller"] in ("augconf", "adaptconf")
-    values = dict(
+    meta, config = look["stage"] == "meta", look["fs_preset"] == "config"
+    soft = config and (meta or look["distiller"] in ("augconf", "adaptconf"))
+    large = not meta if config else look["distiller"] == "adaptconf"  # D10
+    return dict(
         dataset=look["fs_data"], teacher="resnet12_bottle" if meta else "resnet18_bottle", student="resnet36_bottle",
-        epochs=20 if meta else 100, lr=0.001 if meta else 0.1, virtual_gpus=2 if meta else 4, gt_loss_weight=1.0, T=1.0,
-        fisher_rao_lamda=0.1, sinkhorn_lamda=0.1 if meta else 8e-4, dkd_beta=0.5, superalignment_rate=0.25,
-        superalignment_threshold=8.0 if look["distiller"] == "adaptconf" else 0.25)  # D10
-    config = dict(T=10.0 if meta or confident else 1.0, superalignment_threshold=0.25 if meta else 8.0,
-                  sinkhorn_lamda=8e-4)
-    return {**values, **config} if look["fs_preset"] == "config" else values
+        epochs=20 if meta else 100, lr=0.001 if meta else 0.1, virtual_gpus=2 if meta else 4, gt_loss_weight=1.0,
+        T=10.0 if soft else 1.0, superalignment_threshold=8.0 if large else 0.25, superalignment_rate=0.25,
+        fisher_rao_lamda=0.1, sinkhorn_lamda=0.1 if meta and not config else 8e-4, dkd_beta=0.5)
 
 
 def smoke(look: dict) -> dict:
@@ -181,7 +180,7 @@ PAIRS = (("resnet56", "resnet20"), ("resnet20", "resnet56"), ("resnet32x4", "res
 PRESETS = {
     "auto": {"*": published, **{("cifar100", *pair): {} for pair in PAIRS}},  # D9
     "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", recipe="native", virtual_gpus=1,
-                       epochs=6, batch_size=50, lr=0.1)},
+                       epochs=5, batch_size=50, lr=0.1)},
     "smoke": {"*": smoke}}
 PUBLISHED = {  # (row's preset, data, teacher, student, shots) -> top-1, protocol; none of them with GDA
     **{(f"native {loss}", "cifar100", t, s, None): (top1, "mdistiller's table")
@@ -201,8 +200,8 @@ ALIASES = {
     "dataset": {"torch/cifar100": ("dataset", "cifar100")},
     "config": dict.fromkeys(("cifar_v0.yaml", "configs/cifar/cifar_v0.yaml")),
     "temperature": "T", "threshold": "superalignment_threshold", "loss_weight": "kd_loss_weight", "shot": "fs_shots",
-    "name": "run_name", **{flag: {n: (ours, b) for short, b in BOTTLE.items() for n in (short, b)}
-                           for flag, ours in (("res_type", "student"), ("teacher_res_type", "teacher"))},
+    "name": "run_name", **{flag: {n: (ours, b) for short, b in BOTTLE.items() for n in (short, b)} for flag, ours in (
+        ("res_type", "student"), ("teacher_res_type", "teacher"))},
     **{flag: {n: (flag, BOTTLE[n]) for n in ("resnet12", "resnet36")} for flag in ("student", "teacher")}}
 
 
@@ -304,8 +303,8 @@ def dkd_loss(s: Tensor, t: Tensor, y: Tensor, alpha: float, beta: float, T: floa
     """Mean over samples, sum over bins, times T^2."""
     target = F.one_hot(y, s.shape[-1]).bool()
     logs = [(x / T).log_softmax(-1) for x in (s, t)]  # (N, C)
-    bins = [torch.stack((x[target], x.masked_fill(target, -math.inf).logsumexp(-1)), -1) for x in logs]  # (N, 2)
-    tckd = kl_rows(bins[0] * T, bins[1] * T, T).mean()
+    rest = [x.masked_fill(target, -math.inf).logsumexp(-1, keepdim=True) for x in logs]  # of all but the target (N, 1)
+    tckd = kl_rows(*(T * torch.cat((x.gather(1, y[:, None]), v), 1) for x, v in zip(logs, rest)), T).mean()
     nckd = kl_rows(s - 1000 * T * target, t - 1000 * T * target, T).mean()
     return alpha * tckd + beta * nckd  # eq. (8)
 
@@ -363,10 +362,7 @@ def distill_terms(s: Tensor, t: Optional[Tensor], y: Tensor, epoch: int, args: A
 # --------------------------------------------------------------------------------- images: resize as Pillow, on tensors
 
 def resize_matrix(length: Tensor, offset: Tensor, bicubic: Tensor, source: int, target: int) -> Tensor:
-    """(B, target, source), float64: row o holds the weights of output pixel o over the crop [offset, offset + length).
-
-    Multiples of 2^-22, taps that never leave the crop: Pillow's numbers (Pillow 13 may shrink vertically first).
-    """
+    """(B, target, source), float64: row o holds Pillow's weights of output pixel o over [offset, offset + length)."""
     n, start, cubic = (v.view(-1, 1, 1) for v in (length, offset, bicubic.bool()))
     k = torch.arange(source, device=n.device) - start  # (B, 1, source)
     scale = n.double() / target
@@ -378,19 +374,22 @@ def resize_matrix(length: Tensor, offset: Tensor, bicubic: Tensor, source: int, 
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2  # bicubic with a = -0.5
     w = torch.where(cubic, torch.where(x < 1, near, far), (1 - x).clamp(min=0)) * inside
     w = w / w.sum(-1, keepdim=True) * 2 ** 22
-    return torch.trunc(w + 0.5 * w.sign()) / 2 ** 22
+    return torch.trunc(w + 0.5 * w.sign()) / 2 ** 22  # multiples of 2^-22, as in Pillow
 
 
 def resize(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) -> (B, 3, T, T) by two products with rows (B, T, S), cols (B, S, T), rounded after each.
 
-    Exact in float64; in float32 some pixels are one level off (of 32 x 32 crops four in 100,000).
+    As Pillow to version 12, bit by bit in float64; in float32 a few pixels are one level off (32 x 32: 4 in 100,000).
     """
-    b, size, half = len(x), rows.shape[1], torch.full((), 0.5, dtype=rows.dtype, device=x.device)
-    x = x.transpose(1, 2).contiguous().to(rows.dtype).view(b, -1, x.shape[-1])  # (B, S * 3, S)
-    x = torch.baddbmm(half, x, cols).clamp_(0, 255).floor_().view(b, rows.shape[2], -1)  # horizontally: (B, S, 3 * T)
-    x = torch.baddbmm(half, rows, x).clamp_(0, 255).to(torch.uint8)  # vertically: (B, T, 3 * T)
-    return x.view(b, size, 3, size).transpose(1, 2)
+    b, s, t = len(x), x.shape[-1], rows.shape[1]
+    out, step = x.new_empty(b, t, t, 3), 32 if x.device.type == "cpu" else b  # 32: what a cache holds
+    for i in range(0, b, step):
+        part = x[i:i + step].transpose(1, 2).to(rows.dtype, memory_format=torch.contiguous_format).view(-1, s * 3, s)
+        part = torch.bmm(part, cols[i:i + step]).add_(0.5).clamp_(0, 255).floor_().view(-1, s, 3 * t)  # horizontal
+        part = torch.bmm(rows[i:i + step], part).add_(0.5).clamp_(0, 255)  # vertical: (32, T, 3 * T)
+        out[i:i + step] = part.view(-1, t, 3, t).transpose(2, 3)
+    return out.permute(0, 3, 1, 2)
 
 
 def resized(x: Tensor, to: int, crop: int) -> Tensor:
@@ -406,12 +405,9 @@ def zoomed(x: Tensor) -> Tensor:
 
 
 def draw_crops(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """(6, n): top, left, height, width, bicubic, flip of n randomly resized crops.
-
-    Area 8 to 100 %, log-uniform aspect 3/4 to 4/3; the first of ten tries that fits, else the whole image.
-    """
+    """(6, n): top, left, height, width, bicubic, flip; the first of ten tries that fits, else the whole image."""
     u = torch.rand(24, n, generator=generator, device=generator.device)
-    area, aspect = size * size * (0.08 + 0.92 * u[:10]), ((2 * u[10:20] - 1) * math.log(4 / 3)).exp()
+    area, aspect = size * size * (0.08 + 0.92 * u[:10]), ((2 * u[10:20] - 1) * math.log(4 / 3)).exp()  # 3/4 to 4/3
     hw = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt())).round().long()  # (2, 10, n)
     fits = (hw <= size).all(0)
     chosen = hw.gather(1, fits.int().argmax(0).expand(2, 1, n))[:, 0]  # argmax: the first that fits
@@ -461,9 +457,8 @@ def make_optimizer(net: nn.Module, lr: float, momentum: float, weight_decay: flo
     """v0: Nesterov, and no decay of biases and of what has one dimension or none; otherwise plain, decay on all."""
     if not v0:
         return torch.optim.SGD(net.parameters(), lr, momentum, weight_decay=weight_decay)
-    free = {name: p.ndim <= 1 or name.endswith(".bias") for name, p in net.named_parameters()}
-    groups = [{"params": [p for name, p in net.named_parameters() if free[name] == f],
-               "weight_decay": 0.0 if f else weight_decay} for f in (True, False)]
+    groups = [{"params": [p for name, p in net.named_parameters() if (p.ndim <= 1 or name.endswith(".bias")) == free],
+               "weight_decay": 0.0 if free else weight_decay} for free in (True, False)]
     return torch.optim.SGD(groups, lr, momentum, nesterov=True)
 
 
@@ -505,11 +500,12 @@ def classify(args: Args) -> dict:
     teacher, tops = None, {"teacher_top1": None}
 
     def score(net: nn.Module, data: Data) -> float:
-        """A teacher's accuracy under both views; the better one is checked, as its file may come from either."""
-        tops["teacher_top1_native"] = accuracy(data.t_logits, data.test_y)["top1"]
-        data.t_logits = predict(net, data, zoomed_x) if v0 else data.t_logits
-        tops["teacher_top1"] = accuracy(data.t_logits, data.test_y)["top1"]
-        print("teacher: " + ", ".join(f"{k[8:]} {v:.2f} %" for k, v in tops.items()) + f" (recipe {args.recipe})")
+        """A teacher's accuracy; the better of both views is checked, as its file may come from either."""
+        tops["teacher_top1_native"] = tops["teacher_top1"] = accuracy(data.t_logits, data.test_y)["top1"]
+        if v0:
+            data.t_logits = predict(net, data, zoomed_x)
+            tops["teacher_top1"] = accuracy(data.t_logits, data.test_y)["top1"]
+            print("teacher: {teacher_top1:.2f} % zoomed, {teacher_top1_native:.2f} % native".format(**tops), flush=True)
         return max(tops.values())
 
     if args.distiller != "vanilla":
@@ -534,8 +530,7 @@ def classify(args: Args) -> dict:
     forward = torch.compile(student) if args.compile else student
     plan = schedule(args.recipe, args.epochs, args.lr, args.min_lr, args.warmup_epochs, args.warmup_lr)
     cropper = Cropper(data.image_size, data.image_size, run.device) if v0 else None
-    start = run.restore(student=student, optimizer=optimizer)
-    for epoch in range(start, args.epochs):
+    for epoch in range(run.restore(student=student, optimizer=optimizer), args.epochs):
         student.train()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(plan, epoch)
@@ -593,15 +588,14 @@ class FewShotBlock(nn.Module):
         for i in (1, 2, 3):
             setattr(self, f"conv{i}", nn.Conv2d(c_in if i == 1 else c_out, c_out, 3, 1, 1, bias=False))
             setattr(self, f"bn{i}", nn.BatchNorm2d(c_out))
-        if first:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
-        self.first = first
+        self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.leaky_relu(self.bn1(self.conv1(x)), 0.1)
         y = self.bn3(self.conv3(F.leaky_relu(self.bn2(self.conv2(y)), 0.1)))
-        y = F.leaky_relu(y + (self.downsample(x) if self.first else x), 0.1)
-        return F.max_pool2d(y, 2) if self.first else y
+        if self.downsample is None:
+            return F.leaky_relu(y + x, 0.1)
+        return F.max_pool2d(F.leaky_relu(y + self.downsample(x), 0.1), 2)
 
 
 class FewShotResNet(nn.Module):
@@ -643,14 +637,10 @@ class Learner(nn.Module):
         return self.encoder(x, return_features=True)[1][-1]  # (B, D)
 
     def load(self, path: Any, selected: bool) -> None:
-        """An official or own file, strictly but for what a meta file (head), a classifier (tau) or an old one lacks.
-
-        selected: the weights of the epoch with the best validation, where the file holds them.
-        """
+        """An official or own file (selected: its best validation), strictly but for a missing head, tau or counter."""
         obj = read_checkpoint(path)
-        inner = [obj[k] for k in ("model_sd", *["selected"] * selected) if isinstance(obj, dict) and k in obj]
-        found = unwrap((inner or [obj])[0], path)
-        found = {k.replace("classifier.linear.", "encoder.linear."): v for k, v in found.items()}
+        inner = [obj[k] for k in ("model_sd", *["selected"] * selected) if isinstance(obj, dict) and k in obj] or [obj]
+        found = {k.replace("classifier.linear.", "encoder.linear."): v for k, v in unwrap(inner[0], path).items()}
         own, spare = self.state_dict(), ("temp", "encoder.linear.weight", "encoder.linear.bias")
         found = {k: v for k, v in own.items() if k in spare or k.endswith("num_batches_tracked")} | found
         odd = sorted(k for k in {*own, *found} if k not in own or k not in found or own[k].shape != found[k].shape)
@@ -701,18 +691,16 @@ def fewshot_data(args: Args, device: Any) -> Data:
                                                  [full.classes[c] for c in base]), device, norm=full.norm)
         # shapes: no classes are left for a validation, so it draws its episodes from held-out images of the base ones
         splits = [part(val, "train", "test") if val else (data.test_x, data.test_y), part(new, "train", "test")]
-    data.size, data.val, data.new, need = size, *splits, max(args.fs_shots, default=0) + args.query
+    data.size, data.val, data.new, need = size, *splits, max(args.fs_shots) + args.query
     for name, y in (("base", data.train_y), ("validation", data.val[1]), ("new", data.new[1])):
         counts = torch.bincount(y)
-        if args.way > len(counts) or need > counts.min() or min(args.fs_shots, default=0) < 1:
-            fail(f"--way {args.way}, --query {args.query}, --fs_shots {args.fs_shots}: there are {len(counts)} {name} "
-                 f"classes with {counts.min()} images or more; ask for less, and for at least one")
+        if args.way > len(counts) or need > counts.min():
+            fail(f"--way {args.way}, --query {args.query}, --fs_shots {max(args.fs_shots)}: there are {len(counts)} "
+                 f"{name} classes with {counts.min()} images or more; ask for less")
     if args.norm != "auto":
         data.set_norm(args.norm)
     return data
 
-
-# ---- episodes
 
 def draw_episodes(labels: np.ndarray, n_batches: int, way: int, per_class: int, per_batch: int,
                   rng: np.random.RandomState) -> np.ndarray:
@@ -776,8 +764,6 @@ def episode_accuracy(feats: Tensor, labels: Tensor, shots: int, n_episodes: int,
     return float(values.mean()), float(half_width(values))
 
 
-# ---- stages
-
 def plain_path(plan: Args, data: Data) -> Path:
     """Where the plain (vanilla) network of a stage is kept: <data_dir>/teachers/<data>_<backbone>-<stage>-<hash>.pt"""
     names = ["student", "epochs", "batch_size", "lr", "weight_decay", "momentum", "virtual_gpus", "limit_train", "amp",
@@ -823,8 +809,7 @@ def fewshot_test(learner: Learner, data: Data, args: Args, name: str) -> dict[st
     """{shots: (accuracy, half width)} on the new classes; they are encoded once for all episodes."""
     feats = encode(learner, data, data.new[0])
     scores = {str(k): episode_accuracy(feats, data.new[1], k, 10 * args.episodes, args) for k in args.fs_shots}
-    print(f"{name}: " + ", ".join(f"{k}-shot {acc:.2f} +- {half:.2f} %" for k, (acc, half) in scores.items()),
-          flush=True)
+    print(f"{name}: " + ", ".join(f"{k}-shot {a:.2f} +- {h:.2f} %" for k, (a, h) in scores.items()), flush=True)
     return scores
 
 
@@ -832,6 +817,8 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     args.student, args.teacher = (BOTTLE.get(n, n) for n in (args.student, args.teacher))
     for trouble, message in (
             (args.dataset != args.fs_data, "takes its data from --fs_data, not from --dataset"),
+            (not args.fs_shots or min(*args.fs_shots, args.way, args.query, args.virtual_gpus, args.meta_epochs) < 1 or
+             args.episodes < 8, "needs 8 --episodes, and fs_shots, way, query, virtual_gpus, meta_epochs of 1 or more"),
             (args.select != "last", "reports both selections by itself; --select best_test is for --task classify"),
             (int(os.environ.get("WORLD_SIZE", 1)) > 1, "runs in one process; its groups are --virtual_gpus"),
             (args.stage == "test" and not args.student_ckpt, "--stage test scores a file: --student_ckpt FILE"),
@@ -840,12 +827,11 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
             fail(f"--task fewshot {message}")
     if args.distiller in ("dkd", "augconf") and args.superalignment_threshold > 1:
         print(f"warning: theta {args.superalignment_threshold:g} > 1 makes the weight of the distillation negative")
-    first = str(args.fs_shots[0]) if args.fs_shots else ""
+    first = str(args.fs_shots[0])
     if args.evaluate:
-        device, path = pick_device(args.device), Path(args.evaluate)
-        path, data = path / "student.pt" if path.is_dir() else path, fewshot_data(args, device)
-        learner = Learner(args.student, data.num_classes, data.size).to(device, memory_format=torch.channels_last)
-        learner.load(path, selected=False)
+        data, path = fewshot_data(args, pick_device(args.device)), Path(args.evaluate)
+        learner = Learner(args.student, data.num_classes, data.size).to(data.device, memory_format=torch.channels_last)
+        learner.load(path / "student.pt" if path.is_dir() else path, selected=False)
         scores = fewshot_test(learner, data, args, str(path))
         return {"student": args.student, "dataset": args.fs_data, "last": scores[first][0], "fs": scores}
     run = Run(args)
