@@ -501,6 +501,7 @@ def test_golden_meta_step(small_learner):
 
 
 def test_golden_interval():
+    assert gda_kd.half_width(np.array([0.0, 1.0])) == pytest.approx(12.7062047362 / 2, rel=1e-9)  # one degree
     assert gda_kd.half_width(GOLDEN["ci.values"]) == pytest.approx(float(GOLDEN["ci.half_width"]), rel=1e-9)
 
 
@@ -706,7 +707,8 @@ def run(world, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-FEWSHOT = ["--task", "fewshot", "--smoke", "--save_every", "1", "--device", "cpu"]
+FEWSHOT = ("--task fewshot --smoke --save_every 1 --device cpu --teacher resnet8 --student resnet8 --limit_train 200 "
+           "--limit_test 100").split()
 
 
 def metrics(folder):
@@ -848,7 +850,7 @@ def test_fewshot_stages_follow_each_other(run, capsys):
     assert {"classifier.pt", "meta.pt", "student.pt", "result.json"} <= {f.name for f in folder.iterdir()}
     plain, = Path("data/teachers").glob("*.pt")  # teacher and student are the same backbone here
     assert out.count("is not at hand: training one") == 1 and re.fullmatch(
-        r"shapes_resnet12_thin-classifier-[0-9a-f]{8}\.pt", plain.name)
+        r"shapes_resnet8-classifier-[0-9a-f]{8}\.pt", plain.name)
     assert set(row["fs_all"]) == {"classifier, last", "classifier, selected", "meta, selected", "meta, last"}
     assert row["fs"] == row["fs_all"]["meta, last"] and row["last"] == row["fs"]["1"][0]
     assert set(row["fs"]) == {"1", "2"}
@@ -904,6 +906,7 @@ def test_meta_teacher_and_its_tau(run, monkeypatch):
     assert seen[0][0] == 10 and seen[1][0] == kept != 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", (["--distiller", "adaptconf", "--epochs", "2", "--meta_epochs", "2"],
                                    ["--distiller", "vanilla", "--eval_every", "2"],
                                    ["--stage", "meta", "--distiller", "dkd", "--epochs", "3", "--metric", "sqr"]))
@@ -1150,8 +1153,8 @@ def test_more_bad_input(run, capfd, monkeypatch):
     assert run("--task", "fewshot", base=[]) == 2 and "no data and labels" in capfd.readouterr().err
     torch.save({"state_dict": gda_kd.Learner("resnet12_thin", 5, 32).state_dict()}, "weak.pt")
     strict = [f for f in FEWSHOT if f != "--smoke"]
-    small = [*"--fs_data shapes --teacher resnet12_thin --student resnet12_thin --limit_train 300 --limit_test 200 "
-             "--teacher_ckpt weak.pt".split()]
+    small = ["--fs_data", "shapes", "--teacher", "resnet12_thin", "--teacher_ckpt", "weak.pt", "--query", "4",
+             "--fs_shots", "1"]
     assert run(*small, base=strict) == 2 and "--allow_weak_teacher" in capfd.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert run("--virtual_gpus", "6") == 2 and "4 processes cannot share --virtual_gpus 6" in capfd.readouterr().err
