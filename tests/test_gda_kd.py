@@ -994,9 +994,8 @@ def test_mini_imagenet_pickles(run):
     assert data.new[0].shape == (40, 3, 80, 80) and sorted(set(data.new[1].tolist())) == list(range(5))
     want = torch.from_numpy(pickles["val"]["data"]).permute(0, 3, 1, 2)
     assert torch.equal(data.val[0], gda_kd.resized(want, 80, 80))
-    row = run(*"--task fewshot --run_name a --teacher resnet12_thin --student resnet12_thin --epochs 1 --meta_epochs 1 "
-              "--batch_size 30 --episodes 8 --query 3 --fs_shots 1,5 --allow_weak_teacher --device cpu".split(),
-              base=[])
+    row = run(*"--task fewshot --run_name a --distiller vanilla --student resnet12_thin --epochs 1 --meta_epochs 1 "
+              "--batch_size 30 --episodes 8 --query 3 --fs_shots 1,5 --device cpu".split(), base=[])
     assert row["dataset"] == "mini" and row["n_test"] == 80 and set(row["fs"]) == {"1", "5"}
 
 
