@@ -1148,7 +1148,7 @@ def teacher_file(args: Any, data: Data, input_size: Optional[int] = None) -> tup
     return placed[0] if placed else teacher_path(wanted, data), wanted
 
 
-def train_missing(path: Path, wanted: TrainArgs, data: Data) -> None:
+def train_missing(path: Path, wanted: Any, data: Any, train: Callable = train_teacher) -> None:
     """Train the teacher in a run folder of its own, or go on with an interrupted one; a lock lets one process train."""
     while int(os.environ.get("RANK", 0)) and not path.is_file():  # rank 0 trains
         time.sleep(1)
@@ -1158,12 +1158,12 @@ def train_missing(path: Path, wanted: TrainArgs, data: Data) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when its holder ends, however that happens
         if path.is_file():
             return
-        print(f"no teacher {wanted.arch} for {data.name} at hand: training one on the training split", flush=True)
+        print(f"{path.name} is not at hand: training one on the training split", flush=True)
         folder = Path(wanted.out_dir) / f"train__{path.stem}"
         if (folder / "result.json").is_file():  # finished once, but its teacher file is gone
             folder = folder.with_name(f"{folder.name}__{time.strftime('%Y%m%d-%H%M%S')}")
         wanted.run_name, wanted.resume = folder.name, str(folder) if (folder / "config.json").is_file() else ""
-        train_teacher(wanted, data)
+        train(wanted, data)
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -1271,6 +1271,7 @@ class Run:
         self.scores, self.best_state = {}, {}  # of each student: last, best, best_epoch; the weights of that epoch
         self.step, self.next_epoch, self.seconds_before, self.saved_at = 0, 0, 0.0, time.time()
         self.last_logged, self._bar, self._board = {}, None, None
+        self.epochs = getattr(args, "epochs", 0)  # for display; a run of several phases sets their sum
         self.dir = Path(args.resume) if args.resume else Path(args.out_dir) / (args.run_name or self.derived_name())
         if args.resume and (self.dir / "result.json").is_file():
             print(f"{self.dir} is finished; its result:\n{table(result_rows(self.dir))}")
@@ -1423,7 +1424,7 @@ class Run:
             self.log(self.step, epoch, **accs, mem_peak_mb=self.peak_mb())
         if self.first_rank and where is not None:
             shown = "  ".join(f"{n} {s['last']:.2f} % (best {s['best']:.2f})".lstrip() for n, s in self.scores.items())
-            where = where or f"epoch {epoch + 1}/{getattr(self.args, 'epochs', 0) or '-'}"
+            where = where or f"epoch {epoch + 1}/{self.epochs or '-'}"
             print(f"{where}  {shown}  {terms}  {self.seconds():.0f} s", flush=True)
         if self.args.time_limit and time.time() - self.begin > self.args.time_limit:
             self.stopped = self.stopped or "the time limit"
@@ -1636,17 +1637,22 @@ def print_help(cls: type, presets: dict) -> NoReturn:
 
 
 def preset_values(presets: dict, given: dict, defaults: dict) -> dict:
-    """The values of a preset: "*", then the row of (dataset, teacher, student), then those of --smoke."""
+    """The values of a preset: "*", then the row of (dataset, teacher, student), then those of --smoke.
+
+    "*" may also be a function of the flags given so far, for a script whose published values hang on its task.
+    """
     name = given.get("preset", defaults.get("preset", "none"))
     if name not in (*presets, "auto", "none"):
         fail(f"--preset {name}: unknown{nearest(name, presets)}; known: {', '.join([*presets, 'none'])}")
-    chosen, smoke = presets.get(name, {}), presets.get("smoke", {}).get("*", {}) if given.get("smoke") else {}
-    if given.get("teacher_ckpt") and "teacher" not in given:  # the file decides which row applies
-        given["teacher"] = load_teacher(given["teacher_ckpt"])[1]["arch"]
-    look = {**defaults, **chosen.get("*", {}), **smoke, **given}
+    if given.get("teacher_ckpt") and "teacher" not in given and given.get("task") != "fewshot":
+        given["teacher"] = load_teacher(given["teacher_ckpt"])[1]["arch"]  # the file decides which row applies
+    chosen = presets.get(name, {})
+    common, smoke = (v({**defaults, **given}) if callable(v) else v for v in (
+        chosen.get("*", {}), presets.get("smoke", {}).get("*", {}) if given.get("smoke") else {}))
+    look = {**defaults, **common, **smoke, **given}
     dataset, teacher, student = (look.get(k, "") for k in ("dataset", "teacher", "student"))
     row = chosen.get((dataset, teacher, student)) or chosen.get((dataset, teacher.removesuffix("_a"), student), {})
-    return {**chosen.get("*", {}), **row, **smoke, **({"smoke": True} if name == "smoke" else {})}
+    return {**common, **row, **smoke, **({"smoke": True} if name == "smoke" else {})}
 
 
 def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None,
@@ -1703,10 +1709,11 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
              (full if e.errno == errno.ENOSPC else "check the path and its permissions"))
 
 
-def evaluate_file(args: Any, read: Callable = load_teacher) -> dict:
+def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Callable] = None) -> dict:
     """Every metric of args.evaluate (a run folder or any checkpoint); Agree@1, L_p where the teacher is at hand.
 
-    read(path, arch, num_classes) replaces load_teacher where a method has layouts of its own.
+    For a method with layouts of its own, read(path, arch, num_classes) replaces load_teacher; where it looks at images
+    otherwise, view maps the uint8 test images to what is scored.
     """
     path, device = Path(args.evaluate), pick_device(args.device)
     path = path / "student.pt" if path.is_dir() else path
@@ -1715,9 +1722,12 @@ def evaluate_file(args: Any, read: Callable = load_teacher) -> dict:
     data = load_data(args.dataset, args.data_dir, device, data_url=args.data_url, limit_test=args.limit_test)
     own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
     net, info = read(path, getattr(args, "arch", "") or own, data.num_classes)
-    size = getattr(args, "teacher_size", 0)
+    size, teacher = getattr(args, "teacher_size", 0), None
     if args.teacher and teacher_file(args, data, size)[0].is_file():
-        get_teacher(args, data, size)
+        teacher, _ = get_teacher(args, data, size)
+    if view is not None:
+        data.test_x = view(data.test_x)
+        data.t_logits = None if teacher is None else predict(teacher, data)
     fallback = args.norm if args.norm != "auto" else data.norm
     data.set_norm(args.norm if "norm" in args.given else info["norm"] or fallback)
     model = Upsampled(net, args.input_size) if getattr(args, "input_size", 0) else net
@@ -1725,7 +1735,7 @@ def evaluate_file(args: Any, read: Callable = load_teacher) -> dict:
     params, macs = count_params_macs(model, data.image_size)
     row = {**accuracy(logits, data.test_y), **(agreement(logits, data.t_logits) if data.t_logits is not None else {})}
     print(f"{path}: {info['arch']}, {params:,} parameters, {macs / 1e6:.1f} M MACs, norm {data.norm}, {len(logits)} "
-          "test images\n" + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+          f"test images{f' ({view.__name__})' if view else ''}\n" + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
     return {"method": "eval", "dataset": args.dataset, "student": info["arch"], "last": row.pop("top1"), **row,
             "n_test": len(logits), "params": params, "macs": macs, "norm": data.norm}
 

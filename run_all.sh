@@ -44,22 +44,39 @@ demo() {
   for seed in ${SEEDS:-0}; do
     row demo teacher "$seed" "common.py train" --dataset shapes --arch resnet20 "$@"
     row demo pgdi "$seed" pgdi.py --preset demo "$@"
+    row demo netgraft "$seed" netgraft.py --preset demo "$@"
+    row demo akd_gan "$seed" akd_gan.py --preset demo "$@"
+    row demo adadfkd "$seed" adadfkd.py --preset demo "$@"
+    row demo gda_kd "$seed" gda_kd.py --preset demo "$@"
   done
   python common.py summarize runs/demo
 }
 
-# one budget for all rows of a method family; bf16 is fast on new CPUs, --amp none on others
+# about one budget for all rows; bf16 is fast on new CPUs, --amp none on others
 laptop() {
   environment torch torchvision numpy tqdm
-  local common="--dataset cifar10 --teacher resnet20 --student wrn16_1 --amp bf16"
-  local steps="--epochs 60 --ep_steps 150 --kd_steps 150 --batch_size 64 --lr 0.1 --eval_every 5"
-  local synthesis="--warmup 10 --lr_tmax 50 --synthesis_batch_size 128 --ngf 32"
+  local real="--dataset cifar10 --teacher resnet20 --amp bf16 --eval_every 5" wrn="--student wrn16_1"
+  local steps="--epochs 60 --ep_steps 150 --kd_steps 150 --batch_size 64 --lr 0.1 --lr_tmax"
+  local synthesis="50 --warmup 10 --synthesis_batch_size 128 --ngf 32"
   local shots="--shots 10 --real_fewshot_initial 32 --mixed_distill_stop_epoch 30"
+  local game="--student wrn16_1,resnet8 --epochs 45 --batch_size 32 --ngf 32"
   for seed in ${SEEDS:-0}; do
-    row laptop pgdi "$seed" pgdi.py $common $steps $synthesis $shots "$@"
-    row laptop pgdi_described "$seed" pgdi.py --preset described $common $steps $synthesis $shots "$@"
-    row laptop pgdi_fast "$seed" pgdi.py --preset fast $common $steps $synthesis "$@"
-    row laptop pgdi_fewshot_kd "$seed" pgdi.py --preset fewshot_kd $common $steps --shots 10 --lr_tmax 60 "$@"
+    row laptop pgdi "$seed" pgdi.py $real $wrn $steps $synthesis $shots "$@"
+    row laptop pgdi_described "$seed" pgdi.py --preset described $real $wrn $steps $synthesis $shots "$@"
+    row laptop pgdi_fast "$seed" pgdi.py --preset fast $real $wrn $steps $synthesis "$@"
+    row laptop pgdi_fewshot_kd "$seed" pgdi.py --preset fewshot_kd $real $wrn $steps 60 --shots 10 "$@"
+    row laptop akd_gan_official "$seed" akd_gan.py --preset official $real $game --epoch_itrs 17 "$@"
+    row laptop akd_gan_dfad "$seed" akd_gan.py --preset dfad $real $game --epoch_itrs 50 --milestones 27,38 "$@"
+    row laptop akd_gan_strong "$seed" akd_gan.py --preset strong $real $game --epoch_itrs 50 --kd_steps 5 \
+      --bn 0.1 --lr 0.05 "$@"
+    for preset in auto cudfkd dfq dafl zskt; do
+      row laptop "adadfkd_$preset" "$seed" adadfkd.py --preset $preset $real $wrn --epochs 30 --ep_steps 300 \
+        --kd_steps 10 "$@"
+    done
+    row laptop adadfkd_adi "$seed" adadfkd.py --preset adi $real $wrn --epochs 21 --ep_steps 200 --kd_steps 200 \
+      --g_steps 100 --synthesis_batch_size 128 "$@"
+    row laptop adadfkd_cmi "$seed" adadfkd.py --preset cmi $real $wrn --epochs 16 --ep_steps 250 --kd_steps 250 \
+      --g_steps 70 --synthesis_batch_size 128 "$@"
   done
   python common.py summarize runs/laptop
 }
