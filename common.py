@@ -1278,13 +1278,13 @@ class Run:
             raise SystemExit(0)
         if not args.resume and self.first_rank:
             name, n = self.dir.name, 1
-            while self.dir.exists():
+            while self.dir.exists() and not (args.run_name and self.never_began()):
                 if args.run_name:
                     fail(f"{self.dir} exists; give another --run_name, or go on with --resume {self.dir}")
                 n += 1  # another run was begun in the same second
                 self.dir = self.dir.with_name(f"{name}-{n}")
-            (self.dir / "src").mkdir(parents=True)
-            (self.dir / "samples").mkdir()
+            for folder in ("src", "samples"):
+                (self.dir / folder).mkdir(parents=True, exist_ok=True)
             for file in {Path(inspect.getfile(type(args))), Path(__file__)}:
                 shutil.copy(file, self.dir / "src" / file.name)
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -1304,6 +1304,11 @@ class Run:
                 fail("--tensorboard needs the package tensorboard: pip install tensorboard")
             self._board = SummaryWriter(str(self.dir))
         print(f"run folder {self.dir}", flush=True)
+
+    def never_began(self) -> bool:
+        """A folder of a run that stopped at a bad flag, before anything was learned."""
+        return (self.dir / "config.json").is_file() and {p.name for p in self.dir.iterdir()} == {
+            "config.json", "src", "samples"} and not any((self.dir / "samples").iterdir())
 
     def derived_name(self) -> str:
         a = self.args

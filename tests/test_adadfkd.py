@@ -749,6 +749,18 @@ def test_whole_run_and_its_files(folder, monkeypatch):
     assert abs(again["last"] - row["last"]) < 1e-9 and again["L_p"] == pytest.approx(row["L_p"])
 
 
+def test_training_files_deleted(folder, tmp_path):
+    """A data set that never had its training split: no images, no cache."""
+    rng = np.random.RandomState(0)
+    (tmp_path / "cifar10").mkdir()
+    np.savez(tmp_path / "cifar10" / "test.npz", x=rng.randint(0, 256, (40, 32, 32, 3), np.uint8), y=np.arange(40) % 10)
+    for preset in ("smoke", "cmi"):
+        row = run(folder, *TINY, "--preset", preset, "--dataset", "cifar10", "--data_dir", str(tmp_path), "--run_name",
+                  f"no_data_{preset}", "--epochs", "1")
+        assert row["real_images"] == 0 and row["n_test"] == 40
+    assert not [p for p in tmp_path.rglob("*") if "train" in p.name]
+
+
 @pytest.mark.parametrize("preset, extra", (
     ("cudfkd", []), ("cudfkd_memory", []), ("dafl", []), ("zskt", []), ("dfad", []), ("dfq", []),
     ("adi", ["--g_steps", "2"]), ("cmi", ["--g_steps", "2", "--bank_size", "40", "--bank_draw", "20"])))

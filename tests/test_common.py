@@ -520,6 +520,12 @@ def test_runs_begun_in_the_same_second_have_folders_of_their_own(toy_run, monkey
     assert sorted(p.name for p in Path("runs").iterdir()) == ["same", "same-2", "same-3"]
 
 
+def test_a_run_that_never_began_does_not_block_its_name(toy_run):
+    assert toy_run("--run_name", "r", "--shots", "99") == 2 and Path("runs/r/config.json").is_file()
+    assert toy_run("--run_name", "r", "--epochs", "1")["method"] == "toy"
+    assert toy_run("--run_name", "r", "--epochs", "1") == 2  # what has learned is not touched
+
+
 def test_run_folder(toy_run):
     result = toy_run("--run_name", "a", "--seed", "5")
     folder = Path("runs/a")
