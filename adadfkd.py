@@ -213,6 +213,7 @@ IGNORED = ("lr_decay_milestones", "warmup", "no_feature", "only_feature", "l1", 
 ALIASES = {"method": {name: ("preset", name) for name in PRESETS} | {"adadfkd": None}, "wd": "weight_decay",
            "save_dir": "out_dir", "save_freq": "save_every", "print_freq": "log_every", "nt2_mode": {"none": None},
            **dict.fromkeys(IGNORED)}
+PROTOCOL = "best test epoch, best of many runs"
 PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> best test accuracy, the best of many runs
     (preset, *cell, 0): top1 for preset, column in {
         "auto": (95.32, 92.19, 93.38, 93.15, 90.05, 77.13, 71.52, 68.19, 67.54),
@@ -909,7 +910,7 @@ def main(args: Args) -> dict:
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": 0,
                        "synthetic_images": args.epochs * rounds * per_round,
-                       "paper": paper and {"top1": paper, "protocol": "best test epoch, best of many runs"}})
+                       "paper": paper and {"top1": paper, "protocol": PROTOCOL}})
 
 
 if __name__ == "__main__":

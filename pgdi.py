@@ -162,6 +162,7 @@ ALIASES = {"method": {"PGDI": None, "pgdi": None}, "wd": "weight_decay", "save_d
 FIVE, TEN = (94.61, 90.67, 88.45, 92.89, 92.73, 76.96, 70.15, 53.65, 69.46, 69.24, 64.13), (
     95.10, 91.32, 89.15, 93.23, 92.83, 77.13, 70.97, 53.97, 69.55, 69.40, 64.17)
 FAST_10 = (94.05, 90.53, 89.29, 92.51, 92.45, 74.34, 67.44, 54.02, 63.91, 65.12)
+PROTOCOL = "best test epoch, one run"
 PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> best test accuracy of one run
     **{("auto", *pair, shots): top1 for shots, column in ((5, FIVE), (10, TEN)) for pair, top1 in zip(SCRIPT, column)},
     **{("fast", *pair, 0): top1 for pair, top1 in zip(SCRIPT, FAST_10)}}
@@ -675,7 +676,7 @@ def main(args: Args) -> dict:
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
                        "synthetic_images": pool.n,
-                       "paper": paper and {"top1": paper, "protocol": "best test epoch, one run"}})
+                       "paper": paper and {"top1": paper, "protocol": PROTOCOL}})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 #
 #   bash run_all.sh demo      every method on shapes from one teacher, on a CPU: a few minutes after installation
 #   bash run_all.sh laptop    the same on real CIFAR-10, ResNet-20 -> WRN-16-1, about 25 minutes a row on 2 cores
+#   bash run_all.sh paper     every published row, three seeds, a process per GPU (METHOD ..., --only TEXT, --dry-run)
 #   bash run_all.sh test      the whole test suite; arguments go to pytest (-m "not slow", -k NAME ...)
-#   bash run_all.sh table     the tables of README.md from tests/results/*.jsonl
+#   bash run_all.sh table     the tables of README.md from tests/results/*.jsonl; published rows beside ours
 #
 # Runs lie in runs/COMMAND/ROW__sSEED: finished ones are skipped, begun ones resumed. Seeds: SEEDS="0 1 2" (default 0).
 # Further arguments go to every script: bash run_all.sh laptop --data_dir DIR --teacher_ckpt FILE
@@ -91,7 +92,9 @@ command="${1:-}"
 case "$command" in
   demo) demo "$@" ;;
   laptop) laptop "$@" ;;
+  paper) environment torch torchvision numpy tqdm; python tests/paper.py "$@" ;;
+  row) row "$@" ;;
   test) tests "$@" ;;
-  table) environment torch torchvision numpy tqdm; python common.py summarize --readme README.md ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' run_all.sh; exit 2 ;;
+  table) environment torch torchvision numpy tqdm; python common.py summarize --readme README.md; python tests/paper.py table ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' run_all.sh; exit 2 ;;
 esac

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import common
 import kill
+import paper
 import toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -894,6 +895,36 @@ def test_method_files_share_their_head_and_nothing_else():
         assert head(path) == head(ROOT / "tests" / "toy.py"), path
         assert not re.search(other, path.read_text(), re.M), path
     assert not re.search(other, (ROOT / "common.py").read_text(), re.M)
+
+
+def test_paper_lists_every_published_row(tmp_path, monkeypatch, capsys):
+    """Its commands ask for what PUBLISHED says, and the runs they make are found again."""
+    rows, modules = paper.rows(), {name: __import__(name) for name in paper.METHODS}
+    published = {(name, k[0], k[1]) for name, module in modules.items() for k in module.PUBLISHED}
+    assert published <= {row.key[:3] for row in rows} and len({row.key for row in rows}) == len(rows)
+    assert sum(bool(row.published) for row in rows) == sum(len(module.PUBLISHED) for module in modules.values())
+    for method, preset, dataset, teacher, student, shots in (row.key for row in rows):
+        row = next(r for r in rows if r.key == (method, preset, dataset, teacher, student, shots))
+        if method == "train":
+            common.given_flags(common.TrainArgs, {}, row.flags)
+            continue
+        module = modules[method]
+        args = common.parse_args(module.Args, module.PRESETS, module.ALIASES, row.flags)
+        name = module.row_names(args)["preset"] if method == "gda_kd" else args.preset
+        assert (name, args.dataset) == (preset, dataset) and student in args.student.split(","), row
+        assert args.teacher == teacher or not teacher
+        assert str(getattr(args, "shots", "") or "") == shots or dataset == "mini" and args.fs_shots == (int(shots),)
+    monkeypatch.setenv("SEEDS", "0 4")
+    paper.main(["netgraft", "--only", "cifar100", "--dry-run", "--amp", "bf16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 24 and all(line.startswith("python netgraft.py ") and "--amp bf16" in line for line in lines)
+    key = next(row.key for row in rows if row.published)
+    result = dict(zip(("method", "preset", "dataset", "teacher", "student"), key), shots=int(key[5]), last=1.5, best=2)
+    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    for seed in (0, 1):
+        (tmp_path / "runs" / "paper" / str(seed)).mkdir(parents=True)
+        common.write_json(tmp_path / "runs" / "paper" / str(seed) / "result.json", {**result, "seed": seed})
+    assert "| 1.50 ± 0.00 (2 seeds) | 2.00 ± 0.00 (2 seeds) |" in paper.table() and "not run" in paper.table()
 
 
 def test_readme_tables_are_those_of_the_results():
