@@ -1708,6 +1708,9 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
         raise SystemExit(130)
     except torch.OutOfMemoryError as e:
         fail(f"out of GPU memory ({str(e).split('.')[0]}); try --amp bf16 or a smaller batch")
+    except BrokenPipeError:  # the reader of the output has gone (head, less)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
     except OSError as e:
         full = "the disk is full: free some space, then go on with --resume; the last checkpoint is whole"
         fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; " +

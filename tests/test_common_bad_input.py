@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import urllib.error
 import warnings
@@ -292,6 +293,13 @@ def test_disk_full(bad_place, monkeypatch, capfd):
     monkeypatch.setattr(common.os, "fsync", fsync)
     call("resume", "--resume runs/new")
     assert json.loads((run / "result.json").read_text())["method"] == "toy"
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`script --help | head -1` ends without a word of its own."""
+    command = f"{sys.executable} {Path(common.__file__).parent / 'pgdi.py'} --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and not done.stderr
 
 
 def test_nan_loss(bad_place, monkeypatch, capfd):
