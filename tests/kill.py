@@ -2,7 +2,6 @@
 
   python tests/kill.py --kills 10 common.py train --dataset shapes --arch resnet8 --epochs 4 --save_every 1
 """
-import json
 import os
 import random
 import subprocess
@@ -11,20 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-ROOT = Path(__file__).resolve().parent.parent
+from tools import ROOT, metrics, same_weights
 
 
 def start(command: list, cwd: Path, **more) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
-
-
-def metrics(folder: Path) -> list:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time_s" and not k.startswith(("speed/", "mem/"))} for row in rows]
 
 
 def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
@@ -54,10 +46,9 @@ def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
             plan = [*resume, "--resume", str(folder)]
         elif folder.exists():  # killed while the folder was made: a fresh run never enters it
             folder.rename(folder.with_name(f"aside{done}"))
-    a, b = (torch.load(f / "student.pt", weights_only=True) for f in (cwd / "runs" / "whole", folder))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "weights differ"
+    assert same_weights(cwd / "runs" / "whole", folder), "weights differ"
     assert metrics(cwd / "runs" / "whole") == metrics(folder), "metrics differ"
-    print(f"bit-equal after {done} kills: {len(a)} tensors, {len(metrics(folder))} lines of metrics")
+    print(f"bit-equal after {done} kills: the weights and {len(metrics(folder))} lines of metrics")
 
 
 if __name__ == "__main__":

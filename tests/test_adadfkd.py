@@ -2,26 +2,21 @@
 import copy
 import dataclasses
 import json
-import os
 import re
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import adadfkd
 import common
 import kill
-from test_common import close, metrics
+from tools import ROOT, close, host_syncs, load_golden, metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "adadfkd.npz")
-CONFIG = json.loads(bytes(GOLDEN["config"]))
+GOLDEN, CONFIG = load_golden("adadfkd")
 READ = (r"config", r"loss/([st]_logits|[st]_feat|kldiv_T[\d.]+_batchmean|kldiv_T3_none|kd_l[12]|jsdiv_T[\d.]+)",
         r"loss/(ent_T[\d.]+|balance|oh|act|adv_kl|adv_js_ada|adv_js_cu|adv_cmi|adv_cmi_mask|nce_tau[\d.]+)",
         r"loss/(grad_nce_s_feat|grad_kd_kl_T20_s|grad_adv_kl_[st]|proj_s_feat|proj_W|proj_b|nce_proj)",
@@ -656,42 +651,14 @@ def test_features_of_cmi():
     assert adadfkd.feature_layers(teacher, "wrn16_1") == adadfkd.bn_layers(teacher)
 
 
-SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-
-class CountSyncs(TorchDispatchMode):
-    """Counts the operations that make a GPU wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.syncs, self.paused = [], False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if not self.paused and name in SYNCS:
-            self.syncs.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_host_sync_in_a_step(monkeypatch):
+def test_no_host_sync_in_a_step():
     data, (teacher, student, g), rng = own_data(), small_nets(), torch.Generator().manual_seed(0)
     queue, project = adadfkd.Queue(64, 40, 32, rng), adadfkd.Projection(64, 64, "fresh", rng)
     args = adadfkd.Args(s_nce=0.1, adv=1.0, N_neg=40)
-    adam, sgd, counter = torch.optim.Adam(g.parameters()), torch.optim.SGD(student.parameters(), 0.1), CountSyncs()
+    adam, sgd = torch.optim.Adam(g.parameters()), torch.optim.SGD(student.parameters(), 0.1)
     pool = adadfkd.Pool(32, 32, torch.device("cpu"))
 
-    def uncounted(step):
-        def run(self, *a, **k):
-            counter.paused = True
-            try:
-                return step(self, *a, **k)
-            finally:
-                counter.paused = False
-        return run
-
-    for optimizer in (torch.optim.Adam, torch.optim.SGD):
-        monkeypatch.setattr(optimizer, "step", uncounted(optimizer.step))
-    with counter:
+    with host_syncs() as syncs:
         for _ in range(2):
             x, *_ = adadfkd.generator_step(g, adam, teacher, student, torch.randn(16, 16), data, queue, (4, 20),
                                            project, 1.0, args)
@@ -699,9 +666,9 @@ def test_no_host_sync_in_a_step(monkeypatch):
         for batch in (*adadfkd.fresh_batches(g, teacher, torch.randn(2, 8, 16), data, 0, "none"),
                       *adadfkd.pool_batches(pool, teacher, 2, data, rng, args)):
             adadfkd.student_step(student, sgd, *batch, project, 2.0, args)
-        assert counter.syncs == []
+        assert syncs == []
         x.sum().item()
-    assert counter.syncs == ["_local_scalar_dense"]  # the counter does count
+    assert syncs == ["_local_scalar_dense"]  # the counter does count
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

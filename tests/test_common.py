@@ -25,8 +25,7 @@ import common
 import kill
 import paper
 import toy
-
-ROOT = Path(__file__).resolve().parent.parent
+from tools import ROOT, close, load_golden, metrics, same_weights
 
 REAL, TEACHERS = os.environ.get("DATA_DIR"), os.environ.get("TEACHER_DIR")
 needs_data = pytest.mark.skipif(not REAL, reason="DATA_DIR (folder with the unpacked CIFAR sets) is not set")
@@ -35,8 +34,7 @@ needs_teachers = pytest.mark.skipif(not TEACHERS, reason="TEACHER_DIR (folder wi
 
 # ------------------------------------------------------------------------------------------------------ golden numbers
 
-GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "common.npz")
-CONFIG = json.loads(bytes(GOLDEN["config"]))
+GOLDEN, CONFIG = load_golden("common")
 NETS = json.loads(bytes(GOLDEN["net/index"]))
 READ = (r"config", r"fill/salt", r"x/\w+", r"net/index",
         r"net/.+/(meta|logits_std|logits|feat|logits_train|bnstat_train)",
@@ -45,12 +43,6 @@ READ = (r"config", r"fill/salt", r"x/\w+", r"net/index",
         r"fewshot/netgraft/\w+/(positions|sorted_index)", r"fewshot/pgdi/\d+/(labels|seed_shots|indices)",
         r"subset/akd/[\d.]+/(first64|count|sum|crc32|evaluated)", r"lr/\w+", r"order/cifar10_train",
         r"real/(ids|x|y)", r"real/\w+/logits")  # real/*: read where TEACHER_DIR holds the files
-
-
-def close(a, b, tolerance):
-    a, b = np.asarray(torch.as_tensor(a).detach(), np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-300)
 
 
 def filled(state, rule):
@@ -502,16 +494,6 @@ def toy_run(world, tmp_path, monkeypatch):
         except SystemExit as e:
             return e.code
     return go
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time_s" and not k.startswith(("speed/", "mem/"))} for row in rows]
-
-
-def same_weights(a, b):
-    a, b = (torch.load(Path(f) / "student.pt", weights_only=True) for f in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_runs_begun_in_the_same_second_have_folders_of_their_own(toy_run, monkeypatch):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import common
-from test_common import REAL, ROOT, fake_data, needs_data
+from test_common import REAL, fake_data, needs_data
+from tools import ROOT
 
 TINY = os.environ.get("TINY_DIR")  # folder that holds tiny-imagenet-200, or a part of it
 

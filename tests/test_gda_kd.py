@@ -19,14 +19,12 @@ import torch
 import common
 import gda_kd
 from gda_kd import Args
-
-ROOT = Path(__file__).resolve().parent.parent
+from tools import ROOT, close, load_golden, metrics, same_weights
 
 
 # ------------------------------------------------------------------------------------------------------ golden numbers
 
-GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "gda_kd.npz")
-CONFIG = json.loads(bytes(GOLDEN["config"]))
+GOLDEN, CONFIG = load_golden("gda_kd")
 FS_LOSSES = {"kd": "kd", "dkd": "dkd", "aug_conf": "augconf", "adapt_conf": "adaptconf"}  # official name -> ours
 READ = (r"config",
         r"gda\d+\.(student|teacher|labels|lam|fr|sink|total|grad_(fr|sink|total)|z_student|W|P|sink_self)",
@@ -55,12 +53,6 @@ def cases(pattern):
 
 def golden(key):
     return torch.from_numpy(GOLDEN[key])
-
-
-def close(a, b, tolerance):
-    a, b = np.asarray(torch.as_tensor(a).detach(), np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-300)
 
 
 def close_by_column(a, b, tolerances):
@@ -709,16 +701,6 @@ def run(world, tmp_path, monkeypatch):
 
 FEWSHOT = ("--task fewshot --smoke --save_every 1 --device cpu --teacher resnet8 --student resnet8 --limit_train 200 "
            "--limit_test 100").split()
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time_s" and not k.startswith(("speed/", "mem/"))} for row in rows]
-
-
-def same_weights(a, b):
-    a, b = (torch.load(Path(f) / "student.pt", weights_only=True) for f in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_run_folder_and_evaluate(run):

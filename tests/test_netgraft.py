@@ -22,14 +22,14 @@ import torch.nn.functional as F
 import common
 import kill
 import netgraft
+from tools import ROOT, close, load_golden, metrics, same_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 REAL, TEACHERS = os.environ.get("DATA_DIR"), os.environ.get("TEACHER_DIR")
 
 # ------------------------------------------------------------------------------------------------------ golden numbers
 
-GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "netgraft.npz")
-CONFIG, SALT = json.loads(bytes(GOLDEN["config"])), str(GOLDEN["fill_salt"])
+GOLDEN, CONFIG = load_golden("netgraft")
+SALT = str(GOLDEN["fill_salt"])
 READ = (r"config", r"fill_salt", r"sel/c\d+/(labels|within_class|global_n\d+)", r"hp/shots",
         r"hp/c\d+/(s1_batch|s2_batch|steps_per_epoch|s1_lr_block|s1_lr_t2s|s1_lr_s2t|s2_lr|s1_epochs|s2_epochs)",
         r"loss/\w+/(student|teacher|norm|raw|norm_epoch_mean|raw_epoch_mean|norm_grad|raw_grad)",
@@ -43,12 +43,6 @@ READ = (r"config", r"fill_salt", r"sel/c\d+/(labels|within_class|global_n\d+)", 
 def cases(group, pattern):
     """The cases of a group of keys that the file holds."""
     return sorted({m[1] for k in GOLDEN if (m := re.fullmatch(rf"{group}/({pattern})/.+", k))})
-
-
-def close(a, b, tolerance):
-    a, b = np.asarray(torch.as_tensor(a).detach(), np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1e-300)
 
 
 @functools.cache
@@ -518,16 +512,6 @@ def run(world, tmp_path, monkeypatch):
         except SystemExit as e:
             return e.code
     return go
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time_s" and not k.startswith(("speed/", "mem/"))} for row in rows]
-
-
-def same_weights(a, b):
-    a, b = (torch.load(Path(f) / "student.pt", weights_only=True) for f in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_run(run):

@@ -3,26 +3,21 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import zlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import kill
 import pgdi
-from test_common import close, metrics
+from tools import ROOT, close, host_syncs, load_golden, metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = np.load(Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / "pgdi.npz")
-CONFIG = json.loads(bytes(GOLDEN["config"]))
+GOLDEN, CONFIG = load_golden("pgdi")
 READ = (r"config", r"kldiv/(s|t|T|batchmean|sum|rows|grad_s)", r"adv/(s|t|mask|loss|grad_s)",
         r"bnhook/(x|running_mean|running_var|(plain|mmt)_(r|grad_last)|mmt_(mean|var))",
         r"feat/(x_seed|x_shape|\w+/(all_conv|bn_hooks)(_order)?)",
@@ -522,26 +517,7 @@ def test_kept_image_is_the_one_of_the_lowest_loss(monkeypatch):
     assert torch.equal(best, seen[1]) and terms[:, 0].tolist() == [3.0, 1.0, 2.0]
 
 
-SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-
-class CountSyncs(TorchDispatchMode):
-    """Counts the operations that make a GPU wait; boolean masks as an index count too."""
-
-    def __init__(self):
-        super().__init__()
-        self.syncs, self.paused = [], False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        masked = name.startswith("index") and isinstance(args[1], (list, tuple)) and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
-        if not self.paused and (name in SYNCS or masked):
-            self.syncs.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_host_sync_in_a_step(monkeypatch):
+def test_no_host_sync_in_a_step():
     data, dev = own_data("half"), torch.device("cpu")
     gen = torch.Generator().manual_seed(0)
     teacher = common.build_model("wrn16_1", 10).eval().requires_grad_(False)
@@ -550,34 +526,23 @@ def test_no_host_sync_in_a_step(monkeypatch):
     shots, pool = pgdi.see_shots(teacher, v, y, 10, "all_conv"), pgdi.Pool(16, 32, dev)
     meta, statistics = torch.optim.Adam(g.parameters()), pgdi.BNStatistics(teacher)
     view = partial(pgdi.random_view, data=data, generator=gen)
-    sgd, counter = torch.optim.SGD(student.parameters(), 0.1, 0.9), CountSyncs()
+    sgd = torch.optim.SGD(student.parameters(), 0.1, 0.9)
 
-    def uncounted(step):
-        def run(self, *a, **k):
-            counter.paused = True
-            try:
-                return step(self, *a, **k)
-            finally:
-                counter.paused = False
-        return run
-
-    for optimizer in (torch.optim.Adam, torch.optim.SGD):
-        monkeypatch.setattr(optimizer, "step", uncounted(optimizer.step))
-    with counter:
+    with host_syncs() as syncs:
         for ep in (1, 2):
             images, _ = pgdi.synthesize(g, meta, teacher, student, torch.randn(16, 256), torch.arange(16) % 10,
                                         view, statistics, shots, ep,
                                         pgdi.Args(g_steps=2, warmup=1, feature_grad=1))
-        assert counter.syncs == []  # synthesis
+        assert syncs == []  # synthesis
         pool.add(pgdi.quantize(images))
         taught, index = pgdi.taught_batches(pool, 8, teacher, view, gen, "none"), torch.arange(4)
         for _ in range(3):
             x, t = next(taught)
             t_shots = shots.logits[0, :1].expand(4, -1)
             pgdi.kd_step(student, sgd, torch.cat([x, v[index]]), torch.cat([t, t_shots]), 4, 0.5, 20.0)
-        assert counter.syncs == []  # distillation
+        assert syncs == []  # distillation
         images.sum().item()
-    assert counter.syncs == ["_local_scalar_dense"]  # the counter does count
+    assert syncs == ["_local_scalar_dense"]  # the counter does count
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
