@@ -834,11 +834,17 @@ def test_bf16_is_close_to_float32(toy_run):
 # ----------------------------------------------------------------------------------------------------- whole programs
 
 @pytest.mark.slow
-def test_smoke_in_an_empty_folder(tmp_path):
-    done = run_python(tmp_path, "tests/toy.py", "--smoke")
-    folder = next((tmp_path / "runs").glob("toy__*"))
-    assert "| toy |" in done.stdout and (folder / "result.json").is_file()
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "data"}
+@pytest.mark.parametrize("script, flags", [("tests/toy.py", []), ("gda_kd.py", ["--task", "fewshot"]), *(
+    (f"{method}.py", []) for method in paper.METHODS)])
+def test_two_copied_files_are_a_project(tmp_path, script, flags):
+    """A script and common.py in an empty folder: the smoke run needs nothing else and leaves only runs and data."""
+    for file in (script, "common.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    name = Path(script).stem
+    done = run_python(tmp_path, tmp_path / Path(script).name, "--smoke", *flags)
+    folder = next((tmp_path / "runs").glob(f"{name}__*"))
+    assert f"| {name}" in done.stdout and (folder / "result.json").is_file() and (folder / "student.pt").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "data", f"{name}.py", "common.py"}
 
 
 def test_importing_is_quiet_and_quick():

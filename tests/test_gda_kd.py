@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 import common
 import gda_kd
+import kill
 from gda_kd import Args
 from tools import ROOT, close, load_golden, metrics, same_weights
 
@@ -1173,11 +1173,6 @@ def test_the_head_is_the_shared_one_and_every_flag_is_used():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ([], ["--task", "fewshot"]))
-def test_smoke_in_an_empty_folder(tmp_path, flags):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    begin = time.time()
-    done = subprocess.run([sys.executable, str(ROOT / "gda_kd.py"), "--smoke", *flags], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "| gda_kd" in done.stdout, done.stdout + done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "data"} and time.time() - begin < 120
+@pytest.mark.parametrize("flags", (["--epochs", "6"], ["--task", "fewshot", "--epochs", "3", "--meta_epochs", "3"]))
+def test_killed_run_resumes_bit_equal(tmp_path, flags):
+    kill.prove(["gda_kd.py", "--smoke", "--save_every", "1", *flags], kills=1, cwd=tmp_path, seed=0)

@@ -8,8 +8,6 @@ import pickle
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -696,16 +694,6 @@ def test_killed_run_with_kept_views_resumes_bit_equal(world, tmp_path):
     kill.prove(["netgraft.py", "--dataset", "own", "--teacher_ckpt", str(world / "resnet.pt"), "--student", "resnet8",
                 "--allow_weak_teacher", "--shots", "8", "--epochs_block", "60,20,20", "--epochs_net", "40,40",
                 "--save_every", "7", "--log_every", "5", "--device", "cpu"], kills=2, cwd=tmp_path, seed=0)
-
-
-@pytest.mark.slow
-def test_smoke_in_an_empty_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "netgraft.py"), "--smoke"], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    folder = next((tmp_path / "runs").glob("netgraft__*"))
-    assert "| netgraft |" in done.stdout and (folder / "student.pt").is_file() and (folder / "result.json").is_file()
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "data"}
 
 
 # -------------------------------------------------------------------------------------------------------- command line
