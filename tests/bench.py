@@ -448,7 +448,7 @@ def bench_adadfkd() -> list[dict]:
     plain(), ours()
     assert np.allclose(losses["plain"], losses["oursnone"], rtol=2e-3), losses
     rows = [row("adadfkd round, 1 generator and 10 student steps", *alternate(plain, ours, rounds=2))]
-    row("adadfkd round, bf16", *alternate(plain, partial(ours, amp="bf16"), rounds=1))
+    rows.append(row("adadfkd round, bf16", *alternate(plain, partial(ours, amp="bf16"), rounds=1)))
     return rows
 
 
