@@ -835,7 +835,8 @@ def test_presets_and_published_rows():
     args = parse("--preset", "auto")
     assert adadfkd.adv_at(499, args) == pytest.approx(28.5)  # (400 - 100) * 0.095
     small = parse("--student", "wrn16_1")
-    assert (small.curr_option, small.adv, small.lr, small.T, small.N_neg) == ("none", 0, 0.03, 20, 1024)
+    small_values = (small.curr_option, small.adv, small.adv_type, small.balance, small.lr, small.T, small.N_neg)
+    assert small_values == ("none", 1, "kd", 20, 0.03, 20, 1024)
     cu = parse("--preset", "cudfkd", "--dataset", "cifar10")
     assert cu.memory and (cu.curr_option, cu.hard, cu.s_nce, cu.batch_size, cu.adv) == ("curr_log", 0, 0, 1024, 1)
     for name, want in (("dafl", (512, 1e-3, 0, 20, 5, "kl", 1)), ("zskt", (256, 0, 0, 0, 5, "kl", 1)),
