@@ -731,6 +731,7 @@ def test_equations_and_deviations_are_numbered_and_marked():
     head, body = text[:text.index("import hashlib")], text[text.index("import hashlib"):]
     assert set(re.findall(r"eq\. \((\d)\)", body)) == set(re.findall(r"\((\d)\)$", head, re.M)) == set("12345")
     assert set(re.findall(r"^  (D\d) ", head, re.M)) <= set(re.findall(r"\bD\d\b", body)) | {"D1"}
+    assert len(text.splitlines()) <= 550
 
 
 def test_every_flag_is_read():
