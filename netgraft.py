@@ -146,14 +146,10 @@ def hparams(dataset: str, shots: float, scale: bool = True) -> dict[str, Any]:
     return {**values, "s1_batch": batch, "s2_batch": batch, "s2_lr": 1e-4}
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
-
 def norm_mse(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """Rows of length 1; sum over batch and classes, eq. (1)."""
     return (F.normalize(s_logits, eps=1e-12) - F.normalize(t_logits, eps=1e-12)).square().sum()
 
-
-# ---------------------------------------------------------------------------------------------------- blocks and grafts
 
 def cut(net: nn.Module) -> list[nn.Module]:
     """The blocks of a network in forward order, made of its own modules: stem, stages, head."""
@@ -233,8 +229,6 @@ class Graft(nn.Sequential):
         return self
 
 
-# ----------------------------------------------------------------------------------------- what the frozen teacher sees
-
 VIEWS = 2 * (2 * PADDING + 1) ** 2  # crops and flips of an image: 162
 
 
@@ -290,8 +284,6 @@ class Outputs:
         return torch.cat([net(self.at(rows, [place])[0]).float() for rows in self.parts])
 
 
-# ------------------------------------------------------------------------------------------------------ the five phases
-
 Phase = namedtuple("Phase", "name first stop begin end optimizer")  # grafts first..stop learn, epochs begin..end
 
 
@@ -331,8 +323,6 @@ def graft_step(forward: Callable, optimizer: torch.optim.Optimizer, h: Tensor, t
     return loss.detach()
 
 
-# -------------------------------------------------------------------------------------------------------------- folding
-
 def fold_pair(*layers: nn.Module) -> tuple[Tensor, Tensor]:
     """(P, c) in float64 of 1x1 convs, Linears and batch norms (in eval mode) that follow each other."""
     P, c = None, None
@@ -371,8 +361,6 @@ def fold_student(prefix: Iterable[nn.Module], scion: nn.Sequential) -> nn.Module
     net.load_state_dict(state)
     return net.to(weight.device).eval()
 
-
-# ------------------------------------------------------------------------------------- grafts that begin as the teacher
 
 @torch.no_grad()
 def init_from_teacher(graft: nn.Sequential, block: nn.Module, x: Tensor) -> None:
@@ -453,8 +441,6 @@ def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes:
     derived = read_json(Path(path).parent / "config.json").get("derived", {})
     return net.eval(), {"arch": f"{PAIR[1]} with 1x1 convs", "norm": derived.get("norm")}
 
-
-# ----------------------------------------------------------------------------------------------------------------- main
 
 def main(args: Args) -> dict:
     if args.evaluate:
