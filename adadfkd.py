@@ -46,6 +46,7 @@ Deviations from the published code
   D7 kept: L_adv at temperature 3, H_T at T; J clamps its three distributions; ADI keeps the last iterate
   D8 L_p as published is 1 - JSD^(1/4), since its "distance" is a root already; L_p_sqrt is the usual 1 - JSD^(1/2)
   D9 the memory of cudfkd, adi and cmi is a ring of --pool_size uint8 images on the device, not files without end
+  D10 a local view of cmi that does not fit is cut to the image, not drawn again
 
   python adadfkd.py --smoke                                                                  # no download, a minute
   python adadfkd.py --dataset cifar100 --teacher wrn40_2 --student wrn16_2                   # the row above
@@ -193,9 +194,9 @@ ZSKT = PLAIN | dict(nz=256, oh=0.0, bn=0.0, adv=1.0, adv_type="kd")
 DFQ = PLAIN | dict(nz=256, balance=20.0, adv=1.0, adv_type="kd", kd_steps=10)
 ADI = NO_RELATION | dict(synthesis="adi", bn=10.0, adv=1.0, adv_type="js_cu", lmda_ent=0.0, g_steps=1000, kd_steps=400)
 CMI = NO_RELATION | dict(synthesis="cmi", nz=256, adv=0.5, adv_type="agree", lmda_ent=0.0, g_steps=200, kd_steps=400)
-OTHER = dict(curr_option="none", s_nce=0.1, length=0.9, N_neg=1024, adv=1.0, adv_type="kd", balance=20.0)
+RELATION = dict(curr_option="none", s_nce=0.1, length=0.9, N_neg=1024)
 PRESETS = {
-    "auto": {"*": SMALL | OTHER, **ROWS},
+    "auto": {"*": SMALL | RELATION | dict(adv=1.0, adv_type="kd", balance=20.0), **ROWS},
     "cudfkd": {"*": SMALL | NO_RELATION, **cudfkd_rows()},
     "cudfkd_memory": {"*": SMALL | NO_RELATION | dict(memory=True), **cudfkd_rows(memory=True)},
     "dafl": {"*": SMALL | DAFL, **rows(**KL1)},
@@ -204,9 +205,9 @@ PRESETS = {
     "dfq": {"*": SMALL | DFQ, **rows(**KL1)},
     "adi": {"*": SMALL | ADI | dict(g_steps=200, lr_g=0.1), **rows(**KL20, batch_size=512, lr_g=0.1, g_steps=1000)},
     "cmi": {"*": SMALL | CMI | dict(lr_g=1e-3), **rows(**KL20, batch_size=256, synthesis_batch_size=512)},
-    "demo": {"*": SMALL | dict(dataset="shapes", teacher="resnet20", student="resnet8", curr_option="none", s_nce=0.1,
-                               length=0.9, N_neg=1024, epochs=8, ep_steps=100, kd_steps=5, batch_size=32,
-                               synthesis_batch_size=64, ngf=16, eval_every=4)},
+    "demo": {"*": SMALL | RELATION | dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs=8,
+                                          ep_steps=100, kd_steps=5, batch_size=32, synthesis_batch_size=64, ngf=16,
+                                          eval_every=4)},
     "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200,
                         epochs=2, ep_steps=8, kd_steps=4, g_steps=1, batch_size=16, synthesis_batch_size=16, ngf=8,
                         N_neg=64, allow_weak_teacher=True)}}
@@ -694,7 +695,7 @@ def local_view(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
     """Random part of each image (area 1/4 to 1, aspect 3/4 to 4/3), resized bilinearly, perhaps flipped, normalised."""
     u = torch.rand(5, len(x), generator=generator, device=x.device)
     area, aspect = 0.25 + 0.75 * u[0], ((2 * u[1] - 1) * torch.log(x.new_tensor(4 / 3))).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # D10
     theta = x.new_zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = torch.where(u[2] < 0.5, -width, width), height
     theta[:, 0, 2], theta[:, 1, 2] = (1 - width) * (2 * u[3] - 1), (1 - height) * (2 * u[4] - 1)

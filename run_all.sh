@@ -60,15 +60,15 @@ demo() {
 laptop() {
   environment torch torchvision numpy tqdm
   local real="--dataset cifar10 --teacher resnet20 --amp bf16 --eval_every 5" wrn="--student wrn16_1"
-  local steps="--epochs 60 --ep_steps 150 --kd_steps 150 --batch_size 64 --lr 0.1 --lr_tmax"
-  local synthesis="50 --warmup 10 --synthesis_batch_size 128 --ngf 32"
+  local steps="--epochs 60 --ep_steps 150 --kd_steps 150 --batch_size 64 --lr 0.1"
+  local synthesis="--lr_tmax 50 --warmup 10 --synthesis_batch_size 128 --ngf 32"
   local shots="--shots 10 --real_fewshot_initial 32 --mixed_distill_stop_epoch 30"
   local game="--student wrn16_1,resnet8 --epochs 30 --batch_size 32 --ngf 32"
   for seed in ${SEEDS:-0}; do
     row laptop pgdi "$seed" pgdi.py $real $wrn $steps $synthesis $shots "$@"
     row laptop pgdi_described "$seed" pgdi.py --preset described $real $wrn $steps $synthesis $shots "$@"
     row laptop pgdi_fast "$seed" pgdi.py --preset fast $real $wrn $steps $synthesis "$@"
-    row laptop pgdi_fewshot_kd "$seed" pgdi.py --preset fewshot_kd $real $wrn $steps 60 --shots 10 "$@"
+    row laptop pgdi_fewshot_kd "$seed" pgdi.py --preset fewshot_kd $real $wrn $steps --lr_tmax 60 --shots 10 "$@"
     row laptop akd_gan_official "$seed" akd_gan.py --preset official $real $game --epoch_itrs 17 "$@"
     row laptop akd_gan_dfad "$seed" akd_gan.py --preset dfad $real $game --epoch_itrs 50 --milestones 18,25 "$@"
     row laptop akd_gan_strong "$seed" akd_gan.py --preset strong $real $game --epoch_itrs 50 --kd_steps 5 \
