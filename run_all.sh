@@ -72,7 +72,7 @@ laptop() {
     row laptop akd_gan_official "$seed" akd_gan.py --preset official $real $game --epoch_itrs 17 "$@"
     row laptop akd_gan_dfad "$seed" akd_gan.py --preset dfad $real $game --epoch_itrs 50 --milestones 18,25 "$@"
     row laptop akd_gan_strong "$seed" akd_gan.py --preset strong $real $game --epoch_itrs 50 --kd_steps 5 \
-      --bn 0.1 --lr 0.05 "$@"
+      --lr 0.05 --lr_g 2e-3 --T 20 "$@"
     for preset in auto cudfkd dfq dafl zskt; do
       row laptop "adadfkd_$preset" "$seed" adadfkd.py --preset $preset $real $wrn --epochs 30 --ep_steps 300 \
         --kd_steps 10 "$@"
