@@ -66,8 +66,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate_file,
-    fail, get_teacher, load_data, lr_at, predict)
+    ChannelStatistics, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs,
+    evaluate_file, fail, get_teacher, load_data, lr_at, predict, quantize)
 
 
 @dataclass
@@ -216,9 +216,8 @@ IGNORED = ("lr_decay_milestones", "warmup", "no_feature", "only_feature", "l1", 
 ALIASES = {"method": {name: ("preset", name) for name in PRESETS} | {"adadfkd": None}, "wd": "weight_decay",
            "save_dir": "out_dir", "save_freq": "save_every", "print_freq": "log_every", "nt2_mode": {"none": None},
            **dict.fromkeys(IGNORED)}
-PROTOCOL = "best test epoch, best of many runs"
-PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> best test accuracy, the best of many runs
-    (preset, *cell, 0): top1 for preset, column in {
+PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
+    (preset, *cell, None): (top1, "best test epoch, best of many runs") for preset, column in {
         "auto": (95.32, 92.19, 93.38, 93.15, 90.05, 77.13, 71.52, 68.19, 67.54),
         "dafl": (92.22, 81.10, 81.33, 81.55, 72.15, 74.47, 57.29, 34.66, 40.00),
         "zskt": (93.32, 89.46, 86.07, 89.66, 83.74, 67.74, 34.72, 29.73, 28.44),
@@ -396,7 +395,7 @@ def window_at(h: float, args: Args) -> tuple[int, int]:
 
 
 def adv_at(epoch: int, args: Args) -> float:
-    """Eq. (12): the weight in force during an epoch was set at the end of the one before; constant without a v."""
+    """Eq. (12): set at the end of the epoch before; without a v it stays, and jumps at end_fraction (kept)."""
     begin, end = int(args.begin_fraction * args.epochs), int(args.end_fraction * args.epochs)
     grown = min(epoch - 1, end) - begin
     if grown <= 0 or (epoch - 1 < end and args.curr_option == "none"):
@@ -473,28 +472,7 @@ class Pool:
         self.storage[:len(state["x"])], self.made = state["x"], state["made"]
 
 
-def quantize(x: Tensor) -> Tensor:
-    return (x.clamp(0, 1) * 255).to(torch.uint8)  # floor
-
-
 # ------------------------------------------------------------------------------------------------- step 1: generator
-
-class ChannelStatistics(torch.autograd.Function):
-    """(2, C): mean and biased variance over N, H, W; by the batch-norm kernel, several times as fast as var_mean."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:
-        _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, 0.0)
-        ctx.save_for_backward(h, mu)
-        return torch.stack([mu, inverse_std ** -2])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (h, mu), (grad_mu, grad_var) = ctx.saved_tensors, grad / ctx.saved_tensors[0][:, 0].numel()
-        scale = 2 * grad_var
-        shift = grad_mu - scale * mu
-        return torch.addcmul(shift[:, None, None], h, scale[:, None, None])
-
 
 @contextlib.contextmanager
 def tapped(layers: list[nn.Module], statistic: Callable) -> Iterator[list]:
@@ -567,19 +545,13 @@ def fresh_batches(generator: Generator, teacher: Callable, z: Tensor, data: Data
         yield from zip(*(v.float().split(z.shape[1]) for v in (x, t_logits, t_feats[-1])))
 
 
-def random_view(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
-    """Crop and flip, each image its own, then normalise; uint8, or floats with gradient."""
-    dy, dx = torch.randint(0, 9, (2, len(x)), generator=generator, device=x.device)
-    return data.normalize(crop_flip(x, dy, dx, torch.rand(len(x), generator=generator, device=x.device) < 0.5))
-
-
 @torch.no_grad()
 def pool_batches(pool: Pool, teacher: Callable, steps: int, data: Data, generator: torch.Generator, args: Args
                  ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """That many shuffled batches of the pool, cropped and flipped, with the teacher's outputs."""
     passes = (index for _ in itertools.count() for index in batches(len(pool.x), args.batch_size, generator))
     for index in itertools.islice(passes, steps):
-        x = random_view(pool.x[index], data, generator)
+        x = data.random_view(pool.x[index], generator)
         with autocast(x.device, args.amp):
             t_logits, t_feats = teacher(x, return_features=True)
         yield x, t_logits.float(), t_feats[-1].float()
@@ -750,8 +722,8 @@ def cmi_images(generator: Generator, z: Tensor, targets: Tensor, teacher: nn.Mod
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def check(args: Args, size: int, teacher: nn.Module) -> None:
-    depth, cmi = 2 if args.synthesis == "cmi" else args.depth, args.synthesis == "cmi"
+def check(args: Args, size: int) -> None:
+    depth = 2 if args.synthesis == "cmi" else args.depth
     zero = [n for n in ("g_steps", "T", "tau", "cr_T", "ngf", "pool_size", "bank_size") if not getattr(args, n)]
     for bad, message in (
             (zero, f"--{' --'.join(zero)} 0: must be more than 0"),
@@ -763,9 +735,7 @@ def check(args: Args, size: int, teacher: nn.Module) -> None:
             (args.curr_option == "curr_soft" and not args.lambda_0, "--lambda_0 0: curr_soft divides by it; give more"),
             (size % 2 ** depth or size >> depth < 2, f"--depth {depth}: {size} pixels cannot be halved so often"),
             (args.synthesis == "generator" and args.hard and args.synthesis_batch_size > args.N_neg, f"--N_neg "
-             f"{args.N_neg}: the queue must hold a batch of {args.synthesis_batch_size}; give more, or --hard 0"),
-            ((args.bn or cmi) and not bn_layers(teacher), f"the teacher {args.teacher} has no BatchNorm2d for eq. (4); "
-             f"choose another one{'' if cmi else ', or go on with --bn 0'}")):
+             f"{args.N_neg}: the queue must hold a batch of {args.synthesis_batch_size}; give more, or --hard 0")):
         if bad:
             fail(message)
 
@@ -799,13 +769,16 @@ def ring_grid(images: Tensor, t_feat: Tensor, queue: Queue, window: tuple[int, i
 def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_file(args)
+    args.synthesis_batch_size = args.synthesis_batch_size or args.batch_size
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
-    teacher, info = get_teacher(args, data)
-    args.synthesis_batch_size = args.synthesis_batch_size or args.batch_size
     args.nz, args.depth = args.nz or 16 * data.image_size, args.depth or (3 if data.image_size >= 64 else 2)
-    check(args, data.image_size, teacher)
+    check(args, data.image_size)
+    teacher, info = get_teacher(args, data)
+    if (args.bn or args.synthesis == "cmi") and not bn_layers(teacher):
+        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (4); choose another one"
+             f"{'' if args.synthesis == 'cmi' else ', or go on with --bn 0'}")
     student = build_model(args.student, data.num_classes, data.image_size)
     student.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -833,10 +806,11 @@ def main(args: Args) -> dict:
         objects |= dict(contrast=contrast, head_adam=head_adam)
 
         def views(x: Tensor) -> tuple[Tensor, Tensor]:
-            return local_view(x, data, run.generator), random_view(x, data, run.generator)
+            return local_view(x, data, run.generator), data.random_view(x, run.generator)
     if args.memory or args.synthesis != "generator":
         pool = objects["pool"] = Pool(args.pool_size, data.image_size, run.device)
-    run.note(teacher=info, norm=data.norm, student_params_macs=count_params_macs(student, data.image_size))
+    run.note(teacher=info, norm=data.norm, nz=args.nz, depth=args.depth,
+             student_params_macs=count_params_macs(student, data.image_size))
     net, guide = (torch.compile(m) if args.compile else m for m in (student, teacher))
     rate, rounds = LAMBDA_RATE.get(data.name, OTHER_RATE), args.ep_steps // args.kd_steps
     draw, warned = {"generator": run.generator, "device": run.device}, False
@@ -909,11 +883,11 @@ def main(args: Args) -> dict:
             break
     s_logits = predict(student, data)
     per_round = size * (args.g_steps if generator else 1) + (0 if pool else args.kd_steps * args.batch_size)
-    paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, 0))
+    paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, None))
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": 0,
                        "synthetic_images": args.epochs * rounds * per_round,
-                       "paper": paper and {"top1": paper, "protocol": PROTOCOL}})
+                       "paper": paper and dict(zip(("top1", "protocol"), paper))})
 
 
 if __name__ == "__main__":

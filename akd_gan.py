@@ -56,8 +56,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Data, Run, accuracy, agreement, autocast, build_model, cli, count_params_macs, evaluate_file, fail, get_teacher,
-    image_grid, load_data, lr_at, norm_constants, predict, read_checkpoint, read_json, save, short_name, subset_indices)
+    ChannelStatistics, Data, Run, accuracy, agreement, autocast, build_model, cli, count_params_macs, evaluate_file,
+    fail, get_teacher, image_grid, load_data, lr_at, norm_constants, predict, read_checkpoint, read_json, save,
+    short_name, subset_indices)
 
 
 @dataclass
@@ -137,7 +138,7 @@ TWO = {"50": "resnet18", "20": "resnet18_small", "50,20": "resnet18,resnet18_sma
 ALIASES = {"student": {k: ("student", v) for k, v in TWO.items()}, "students": "student",
            "own_generator": ("shared_generator", False)}
 REPORTED = "best epoch on 20 % of the test images; on 10 %:"
-PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> number, how it was measured
+PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
     ("official", "cifar100", "resnet34_imagenet", "resnet18", None): (39.90, f"{REPORTED} 38.10"),
     ("official", "cifar100", "resnet34_imagenet", "resnet18_small", None): (20.00, f"{REPORTED} 19.01"),
     ("dfad", "cifar100", "resnet34", "resnet18", None): (67.7, "DFAD's authors, teacher 77.5"),
@@ -191,9 +192,7 @@ def bn_distances(teacher: nn.Module) -> Iterator[list[Tensor]]:
     taps: list[Tensor] = []
 
     def tap(m: nn.BatchNorm2d, inputs: tuple) -> None:
-        rows = inputs[0].permute(0, 2, 3, 1).reshape(-1, m.num_features).to(m.running_mean.dtype)  # (B*H*W, C)
-        mean = rows.mean(0)
-        var = (rows - mean).square().mean(0)  # several times as fast as var_mean
+        mean, var = ChannelStatistics.apply(inputs[0].to(m.running_mean.dtype))
         taps.append((var - m.running_var).norm() + (mean - m.running_mean).norm())
 
     hooks = [m.register_forward_pre_hook(tap) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -385,6 +384,7 @@ def check(args: Args, data: Data) -> None:
 
 def main(args: Args) -> dict:
     names = {short_name(arch): arch for arch in args.student.split(",")}
+    args.teacher_size = args.teacher_size or (224 if args.teacher == "resnet34_imagenet" else 0)
     if args.evaluate:
         if args.sample:
             return sample(args)
@@ -392,7 +392,6 @@ def main(args: Args) -> dict:
         return evaluate_file(args)
     if args.sample:
         fail(f"--sample {args.sample}: give --evaluate RUN_FOLDER_OR_GENERATOR_FILE too")
-    args.teacher_size = args.teacher_size or (224 if args.teacher == "resnet34_imagenet" else 0)
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)

@@ -1,7 +1,7 @@
 """What the five method scripts share: networks, data, evaluation, teachers, the run folder and the command line.
 
 Sections, in this order (search for the banner)
-  networks      build_model, MODELS
+  networks      build_model, MODELS, ChannelStatistics
   data          load_data, Data, NORMS, batches, crop_flip, few_shot_indices, subset_indices, read_images, safe_unpickle
   evaluation    predict, accuracy, evaluate, agreement, js_distance, count_params_macs
   teachers      load_teacher, get_teacher, train_teacher, lr_at, upsample
@@ -314,6 +314,24 @@ def own_network(spec: str, num_classes: int, image_size: int) -> nn.Module:
     return net.train()
 
 
+class ChannelStatistics(torch.autograd.Function):
+    """(2, C): mean and biased variance over N, H, W; by the batch-norm kernel, several times as fast as var_mean."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        tiny = 1e-12  # a constant channel has variance 0
+        _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, tiny)
+        ctx.save_for_backward(h, mu)
+        return torch.stack([mu, inverse_std ** -2 - tiny])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (h, mu), (grad_mu, grad_var) = ctx.saved_tensors, grad / ctx.saved_tensors[0][:, 0].numel()
+        scale = 2 * grad_var
+        shift = grad_mu - scale * mu
+        return torch.addcmul(shift[:, None, None], h, scale[:, None, None])
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 NORMS = {  # mean, std; which one a teacher wants belongs to its checkpoint, not to the data set
@@ -431,8 +449,13 @@ class Data:
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (x * std + mean).clamp(0, 1)
 
+    def random_view(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Random crop (4 black pixels around) and flip of images, each its own, normalised; gradient for floats."""
+        dy, dx = torch.randint(0, 2 * PADDING + 1, (2, len(x)), generator=generator, device=x.device)
+        return self.normalize(crop_flip(x, dy, dx, torch.rand(len(x), generator=generator, device=x.device) < 0.5))
+
     def augment(self, index: Tensor, generator: torch.Generator, flip: Optional[Tensor] = None) -> Tensor:
-        """Random crop (4 black pixels around) and flip of train images -> normalised floats (B, 3, S, S)."""
+        """The same of train images, by their indices (flip: given) -> (B, 3, S, S); faster, from windows made once."""
         dy, dx = torch.randint(0, 2 * PADDING + 1, (2, len(index)), generator=generator, device=generator.device)
         if flip is None:
             flip = torch.rand(len(index), generator=generator, device=generator.device) < 0.5
@@ -448,6 +471,10 @@ def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int = PA
     cols = dx[:, None] + torch.where(flip[:, None], w - 1 - steps, steps)  # (B, W)
     x = x.gather(2, rows[:, None, :, None].expand(n, c, h, x.shape[3]))
     return x.gather(3, cols[:, None, None, :].expand(n, c, h, w))
+
+
+def quantize(x: Tensor) -> Tensor:
+    return (x.clamp(0, 1) * 255).to(torch.uint8)  # floor
 
 
 def batches(n: int, batch_size: int, generator: Optional[torch.Generator] = None, drop_last: bool = False) -> list:
@@ -775,9 +802,15 @@ def read_shapes(split: str) -> tuple[np.ndarray, np.ndarray, list]:
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
+def per_call(device: torch.device, side: int) -> int:
+    """Images of a pass without gradient: enough to keep the device busy, few enough for a small one."""
+    return 250 if device.type == "cpu" else max(50, 2000 * 32 * 32 // side ** 2)
+
+
 def predict(model: nn.Module, data: Data, x: Optional[Tensor] = None) -> Tensor:
     """Logits (N, C) in float32 of all test images (or of x, uint8), in eval mode; the previous mode is restored."""
-    x, training, size = data.test_x if x is None else x, model.training, 250 if data.device.type == "cpu" else 2000
+    x, training = data.test_x if x is None else x, model.training
+    size = per_call(data.device, model.size if isinstance(model, Upsampled) else x.shape[-1])
     model.eval()
     with torch.inference_mode():
         parts = [model(data.normalize(part)).float() for part in x.split(size)]
@@ -965,10 +998,8 @@ def lr_at(recipe: dict, epoch: float) -> float:
         return lr * recipe["gamma"] ** sum(epoch >= m for m in recipe["milestones"])
     if kind == "cosine":
         return low + (lr - low) * (1 + math.cos(math.pi * epoch / recipe["T_max"])) / 2
-    if kind == "fast":  # 0.2 lr -> lr over the first fifth, then linearly to 0
-        p = epoch / recipe["epochs"]
-        return lr * (0.2 + 4 * p if p < 0.2 else (1 - p) / 0.8)
-    return {"constant": lr}[kind]
+    p = epoch / recipe["epochs"]  # fast: 0.2 lr -> lr over the first fifth, then linearly to 0
+    return lr * (0.2 + 4 * p if p < 0.2 else (1 - p) / 0.8)
 
 
 @dataclass
@@ -979,8 +1010,8 @@ class TrainArgs:
     arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
     recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate up and down; multistep: falls at milestones
     epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 4, else 60; multistep 200)
-    batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64; multistep 128)
-    lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: for each 128 images, VGG half of it)
+    batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64, netgraft 128; multistep 128)
+    lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: per 128 images, VGG half of it, netgraft 0.05)
     milestones: tuple[int, ...] = (100, 150)  # multistep: epochs from which on the rate is multiplied by gamma
     gamma: float = 0.1  # multistep: the factor
     weight_decay: float = 5e-4  # fast: only on weights with two or more dimensions
@@ -1378,7 +1409,7 @@ class Run:
         objects = {name: get_state(o) for name, o in self.objects.items()}
         if bad := first_nan(objects):
             fail(f"{bad} holds NaN after epoch {epoch}; the last good checkpoint is kept in {self.dir}. "
-                 "Lower the learning rate, or use --amp none", code=1)
+                 "Start anew with a lower learning rate or --amp none", code=1)
         save(self.dir / "ckpt_last.pt", {
             "epoch": epoch, "step": self.step, "objects": objects, "scores": self.scores, "best_state": self.best_state,
             "streams": {name: get_state(g) for name, g in global_streams().items()}, "seconds": self.seconds(),
@@ -1396,8 +1427,8 @@ class Run:
         tensors = [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in scalars.values()]
         values = dict(zip(names, torch.stack(tensors).tolist()))  # sync
         if bad := next((f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)), ""):
-            fail(f"{bad} at step {step} (epoch {epoch + 1}); go on from the last checkpoint with --resume {self.dir}, "
-                 "or start anew with a lower learning rate or --amp none", code=1)
+            fail(f"{bad} at step {step} (epoch {epoch + 1}); the last checkpoint is kept in {self.dir}. "
+                 "Start anew with a lower learning rate or --amp none", code=1)
         self.step, self.last_logged = step, values
         if not self.first_rank:
             return
@@ -1732,6 +1763,7 @@ def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Calla
     net, info = read(path, getattr(args, "arch", "") or own, data.num_classes)
     size, teacher = getattr(args, "teacher_size", 0), None
     if args.teacher and teacher_file(args, data, size)[0].is_file():
+        args.allow_weak_teacher = True  # it only serves Agree@1 and L_p
         teacher, _ = get_teacher(args, data, size)
     if view is not None:
         data.test_x = view(data.test_x)

@@ -37,7 +37,7 @@ Task 2, few-shot learning (--task fewshot): learn on base classes, then recognis
 
 Symbols  gamma -> gt_loss_weight, delta and w -> kd_loss_weight, fr, sk -> fisher_rao_lamda, sinkhorn_lamda,
          theta -> superalignment_threshold, G -> virtual_gpus, b -> batch_size, tau -> temp
-Deviations (kept: an oddity of the published code that its numbers need)
+Deviations from the published code (kept: an oddity that its numbers need)
   D1  the result is the last epoch, not the best on test; few-shot: also the one selected on held-out data
   D2  the official 6 processes are 6 groups, in any number of processes that divides 6: the same gradients; in groups
       of another size sk is multiplied by 128/b, for which b it was published
@@ -51,7 +51,7 @@ Deviations (kept: an oddity of the published code that its numbers need)
   D10 few-shot dkd and augconf take theta 0.25: the official default 8 makes the weight of the distillation negative
   D11 kept: the few-shot teacher's tau is 10, not the learned one (--teacher_temp); weight decay acts on tau
 
-  python gda_kd.py --smoke                                             # 15 s on a CPU, no download; also few-shot
+  python gda_kd.py --smoke                                             # no download, 15 s; few-shot: --task fewshot
   python gda_kd.py                                                     # resnet56 -> resnet20, CIFAR-100, 240 epochs
   torchrun --nproc_per_node 6 gda_kd.py                                # the same gradients on six devices
   python gda_kd.py --task fewshot --fs_data cifarfs --teacher resnet18_thin --student resnet12_thin
@@ -76,8 +76,8 @@ from torch import Tensor
 
 from common import (
     MODELS, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
-    evaluate_file, fail, get_teacher, load_data, lr_at, pick_device, predict, read_checkpoint, rng_kept, safe_unpickle,
-    save, short_name, train_missing, unwrap)
+    evaluate_file, fail, get_teacher, load_data, lr_at, per_call, pick_device, predict, read_checkpoint, rng_kept,
+    safe_unpickle, save, short_name, train_missing, unwrap)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Args:
     evaluate: str = ""  # run folder or checkpoint: print every metric and exit
     time_limit: float = 0.0  # seconds until a clean stop; 0 = none
     tensorboard: bool = False  # also write TensorBoard files
-    # the method's own defaults: the published command
+    # the method's own defaults
     dataset: str = "cifar100"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
     teacher: str = "resnet56"  # network: a name in MODELS, or file.py:callable
     student: str = "resnet20"  # network: a name in MODELS, or file.py:callable
@@ -743,7 +743,7 @@ def half_width(values: np.ndarray) -> float:
 
 def encode(learner: Learner, data: Data, x: Tensor) -> Tensor:
     """Pooled features (N, D) of uint8 images as evaluated: made once, all episodes are drawn over them."""
-    training, size = learner.training, 250 if x.device.type == "cpu" else 2000
+    training, size = learner.training, per_call(x.device, x.shape[-1])
     learner.eval()
     with torch.inference_mode():
         parts = [learner.features(data.normalize(part)).float() for part in x.split(size)]

@@ -1,9 +1,9 @@
 """NetGraft: small blocks are grafted into the teacher one at a time, then joined, until they are the student.
 
-Paper   Shen, Wang, Yin, Song, Luo, Song, "Progressive Network Grafting for Few-Shot Knowledge Distillation",
-        AAAI 2021, arXiv 2012.04915
+Paper   Shen et al., "Progressive Network Grafting for Few-Shot Knowledge Distillation", AAAI 2021, arXiv 2012.04915
 Data    K images per class of the teacher's training set (default 10). Labels serve only to draw the same number per
         class, and unlabelled images of your own do as well; the test split only for reporting.
+Result  published, best test epoch, mean of 5 runs: CIFAR-10, 10 shots 92.89 of a teacher with 92.83 (rows: PUBLISHED)
 
 Teacher and student are cut into blocks B_0..B_N and S_0..S_N (stem, stages, head). Leading blocks of one architecture
 are shared and frozen, and so is a head of one shape. The rest of the student is the scion, in grafts
@@ -31,15 +31,15 @@ ResNet, WRN: each residual block copies one of the teacher's stage, chosen evenl
 Symbols  B_i -> t_blocks[i], S_i -> s_blocks[i], G_b -> scion[b], s, t -> s_logits, t_logits, K -> shots
 Schedule for K shots: hparams. Batch 64 K/10, rates of stage 1 times K/10, lr_net 1e-4, a fixed number of steps.
 
-Deviations
+Deviations from the published code
   D1 the published number is the best test epoch of the last phase; the result here is the last, the best beside it
   D2 the official code never folds and saves the scion alone; student.pt is a complete network without the 1x1 convs
-  D3 teacher outputs of all 162 views of an image, and of the test images at the first cut, are computed once and kept
+  D3 teacher outputs of all 162 views of an image, and of the test images before the scion, are computed once and kept
      (the same numbers bit for bit, some twenty times faster); --cache_gb 0 computes them in every step
   D4 the phases before the last are tested at their end only, not after every epoch
   D5 a lone last image joins the batch before it, for batch norm (no published schedule leaves one)
 
-  python netgraft.py --smoke                 # a minute on a CPU, no download
+  python netgraft.py --smoke                 # no download, a minute
   python netgraft.py --dataset cifar10       # the published 10-shot run; --shots 1 ... 50 for the others
 """
 import hashlib
@@ -61,7 +61,7 @@ from torch import Tensor
 from common import (
     PADDING, Data, ResBlock, ResNet, Run, VGGBlocks, WideBlock, WideResNet, accuracy, agreement, autocast, batches,
     build_model, cli, count_params_macs, crop_flip, evaluate_file, fail, get_teacher, is_state_dict, load_data,
-    load_teacher, read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
+    load_teacher, per_call, read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
 
 PAIR = ("netgraft_vgg16", "netgraft_vgg16_student")
 
@@ -125,7 +125,7 @@ PRESETS = {
     "smoke": {"*": dict(dataset="shapes", teacher="resnet14", student="resnet8", limit_train=300, limit_test=200,
                         shots=2, epochs_block=(2,), epochs_net=(2,), log_every=1, allow_weak_teacher=True)}}
 ALIASES = {"nshot": "shots", "num_per_class": "shots"}
-PUBLISHED = {("auto", dataset, *PAIR, shots): (top1, "best on test") for dataset, row in {
+PUBLISHED = {("auto", dataset, *PAIR, shots): (top1, "best test epoch, mean of 5 runs") for dataset, row in {
     "cifar10": (90.74, 92.60, 92.70, 92.77, 92.88, 92.84, 92.77, 92.83, 92.88, 92.89, 92.78, 92.76),
     "cifar100": (64.22, 66.51, 67.35, 67.69, 68.16, 68.38, 68.46, 68.78, 68.77, 68.86, 69.04, 69.06)}.items()
     for shots, top1 in zip((*range(1, 11), 20, 50), row)}
@@ -452,9 +452,9 @@ def main(args: Args) -> dict:
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
+    x_real, shots, facts = few_shot_images(args, data)
     teacher, info = get_teacher(args, data)
     student = build_model(args.student, data.num_classes, data.image_size).to(run.device)
-    x_real, shots, facts = few_shot_images(args, data)
     # on maps of 4x4 and 2x2, as in VGG's deep blocks, plain NCHW takes half the time on a CPU
     layout = torch.contiguous_format if isinstance(teacher, VGGBlocks) else torch.channels_last
     start, scion = match(teacher.to(memory_format=layout), student, data.image_size, args.adapt_bias)
@@ -462,8 +462,8 @@ def main(args: Args) -> dict:
     t_blocks, stop, adapted = cut(teacher), start + len(scion), len(scion[0]) > 1
     hp = hparams("cifar10" if data.num_classes <= 10 else "cifar100", shots, args.scale_with_shots)
     flags = {"s1_epochs": args.epochs_block, "s2_epochs": args.epochs_net, "s1_lr_block": args.lr_block, "s1_lr_t2s":
-             args.lr_t2s, "s1_lr_s2t": args.lr_s2t, "s2_lr": args.lr_net, "s1_batch": args.batch_size}
-    hp.update({key: value for key, value in flags.items() if value})
+             args.lr_t2s, "s1_lr_s2t": args.lr_s2t, "s1_batch": args.batch_size, "s2_batch": args.batch_size}
+    hp.update({key: value for key, value in flags.items() if value}, s2_lr=args.lr_net)
     phases = [phase for phase in make_phases(scion, hp) if phase.end > phase.begin]
     if not phases or hp["s1_batch"] < 2:
         fail("nothing to train: --epochs_block or --epochs_net must be above 0, --batch_size above 1")
@@ -473,12 +473,11 @@ def main(args: Args) -> dict:
     views = Outputs(lambda rows: view_images(data, x_real, rows).contiguous(memory_format=layout),
                     VIEWS * len(x_real), VIEWS, t_blocks, shapes, args.cache_gb)
     tests = Outputs(lambda rows: data.normalize(data.test_x[rows]).contiguous(memory_format=layout),
-                    len(data.test_x), 250 if run.device.type == "cpu" else 2000, t_blocks, shapes, args.cache_gb)
+                    len(data.test_x), per_call(run.device, data.image_size), t_blocks, shapes, args.cache_gb)
     tests.keep({start})
 
     def top1(net: nn.Module) -> float:
         return accuracy(tests.predict(net, start), data.test_y)["top1"]
-
     if args.init == "teacher" and isinstance(teacher, nn.Sequential):
         fail("--init teacher knows resnet and wrn pairs and netgraft_vgg16, not a network of your own")
     if args.init == "teacher" and not (run.dir / "ckpt_last.pt").is_file():  # step 0
@@ -491,7 +490,7 @@ def main(args: Args) -> dict:
     run.grid("shots", x_real, rows=data.num_classes if facts["shots"] else math.isqrt(len(x_real)))
     steps = len(epoch_parts(len(x_real), hp["s1_batch"]))
     begin = run.restore(scion=scion, **{f"adam {p.name}": p.optimizer for p in phases})
-
+    # steps 1-3: one graft by itself, or the first ones joined
     for number, phase in enumerate(phases, 1):
         if begin >= phase.end:
             continue
@@ -522,10 +521,12 @@ def main(args: Args) -> dict:
             if not run.end_epoch(epoch, scion, score, where if due or done in (1, total) else None):
                 run.finish({})
         begin = phase.end
-
+    # step 4: the 1x1 convs go into their neighbours
+    unfolded, trained = Graft(t_blocks[:start], scion, t_blocks[stop:]), tests.predict(whole, start)
+    row = {**accuracy(trained, data.test_y), **agreement(trained, data.t_logits)}  # of the last epoch
     if run.best_state:
         scion.load_state_dict(run.best_state[""])
-    unfolded, trained = Graft(t_blocks[:start], scion, t_blocks[stop:]), tests.predict(whole, start)
+        trained = tests.predict(whole, start)
     if adapted:
         student = fold_student(unfolded.prefix, scion) if args.fold else unfolded  # D2
     s_logits = trained if student is unfolded else tests.predict(nn.Sequential(*cut(student)[start:]), start)
@@ -540,10 +541,9 @@ def main(args: Args) -> dict:
     tops = {key[4:]: value for line in logged for key, value in line.items() if re.fullmatch(r"acc/.+/\d+", key)}
     paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, shots))
     return run.finish({
-        "shots": shots, "teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
-        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real), "phases": tops,
-        "sizes": sizes, "fold_difference": difference, "paper": paper and dict(zip(("top1", "protocol"), paper))},
-        student)
+        "shots": shots, "teacher_top1": info["top1"], **row, "n_test": len(data.test_y), "real_images": len(x_real),
+        "phases": tops, "sizes": sizes, "fold_difference": difference,
+        "paper": paper and dict(zip(("top1", "protocol"), paper))}, student)
 
 
 if __name__ == "__main__":

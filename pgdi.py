@@ -58,8 +58,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate,
-    evaluate_file, fail, get_teacher, load_data, lr_at, predict, read_checkpoint, write_atomic)
+    ChannelStatistics, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
+    evaluate_file, fail, get_teacher, load_data, lr_at, predict, quantize, read_checkpoint, write_atomic)
 
 
 @dataclass
@@ -162,10 +162,10 @@ ALIASES = {"method": {"PGDI": None, "pgdi": None}, "wd": "weight_decay", "save_d
 FIVE, TEN = (94.61, 90.67, 88.45, 92.89, 92.73, 76.96, 70.15, 53.65, 69.46, 69.24, 64.13), (
     95.10, 91.32, 89.15, 93.23, 92.83, 77.13, 70.97, 53.97, 69.55, 69.40, 64.17)
 FAST_10 = (94.05, 90.53, 89.29, 92.51, 92.45, 74.34, 67.44, 54.02, 63.91, 65.12)
-PROTOCOL = "best test epoch, one run"
-PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> best test accuracy of one run
-    **{("auto", *pair, shots): top1 for shots, column in ((5, FIVE), (10, TEN)) for pair, top1 in zip(SCRIPT, column)},
-    **{("fast", *pair, 0): top1 for pair, top1 in zip(SCRIPT, FAST_10)}}
+ONE_RUN = "best test epoch, one run"
+PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
+    **{("auto", *pair, shots): (top1, ONE_RUN) for shots, column in ((5, FIVE), (10, TEN)) for pair, top1 in zip(SCRIPT, column)},
+    **{("fast", *pair, 0): (top1, ONE_RUN) for pair, top1 in zip(SCRIPT, FAST_10)}}
 
 
 class Generator(nn.Module):
@@ -308,24 +308,6 @@ class Shots:
 
 # --------------------------------------------------------------------------------------------- steps 1-3: synthesis
 
-class ChannelStatistics(torch.autograd.Function):
-    """(2, C): mean and biased variance over N, H, W; by the batch-norm kernel, several times as fast as var_mean."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:
-        tiny = 1e-12  # a constant channel has variance 0
-        _, mu, inverse_std = torch.native_batch_norm(h, None, None, None, None, True, 0.0, tiny)
-        ctx.save_for_backward(h, mu)
-        return torch.stack([mu, inverse_std ** -2 - tiny])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (h, mu), (grad_mu, grad_var) = ctx.saved_tensors, grad / ctx.saved_tensors[0][:, 0].numel()
-        scale = 2 * grad_var
-        shift = grad_mu - scale * mu
-        return torch.addcmul(shift[:, None, None], h, scale[:, None, None])
-
-
 @contextlib.contextmanager
 def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[dict[str, list]]:
     """While open, each pass of the teacher appends the statistics of its BN inputs and the features of the images."""
@@ -440,16 +422,6 @@ def keep_best(best: Optional[Tensor], lowest: Optional[Tensor], x: Tensor, total
     return torch.where(better, x, best), torch.where(better, total, lowest)
 
 
-def quantize(x: Tensor) -> Tensor:
-    return (x.clamp(0, 1) * 255).to(torch.uint8)  # floor
-
-
-def random_view(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
-    """Crop and flip, each image its own, then normalise; uint8, or floats with gradient."""
-    dy, dx = torch.randint(0, 9, (2, len(x)), generator=generator, device=x.device)
-    return data.normalize(crop_flip(x, dy, dx, torch.rand(len(x), generator=generator, device=x.device) < 0.5))
-
-
 # ------------------------------------------------------------------------------------------------ step 4: distillation
 
 class Pool:
@@ -559,6 +531,8 @@ def check(args: Args) -> None:
         fail("--shots 0: the priors and the real batches need shots; --preset fast works without any")
     if not args.synthesis_batch_size and not min(n_real):
         fail("--synthesis_batch_size 0: nothing to learn from without real images; give both real_fewshot counts")
+    if args.export_pool:
+        fail("--export_pool: give --evaluate RUN_FOLDER too")
     if args.synthesis_batch_size and not args.g_steps:
         fail("--g_steps 0: synthesis needs one step or more")
 
@@ -624,7 +598,7 @@ def main(args: Args) -> dict:
     sampler = np.random.RandomState(args.seed % 2 ** 32)
     run.note(teacher=info, norm=data.norm, shots=index.tolist(),
              student_params_macs=count_params_macs(student, data.image_size))
-    view = partial(random_view, data=data, generator=run.generator)
+    view = partial(data.random_view, generator=run.generator)
     net, guide = (torch.compile(m, dynamic=True) if args.compile else m for m in (student, teacher))
     start = run.restore(student=student, optimizer=optimizer, generator=generator, meta=meta, statistics=statistics,
                         pool=pool, sampler=sampler)
@@ -676,7 +650,7 @@ def main(args: Args) -> dict:
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
                        "synthetic_images": pool.n,
-                       "paper": paper and {"top1": paper, "protocol": PROTOCOL}})
+                       "paper": paper and dict(zip(("top1", "protocol"), paper))})
 
 
 if __name__ == "__main__":

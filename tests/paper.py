@@ -53,9 +53,8 @@ def rows() -> list[Row]:
         if method == "gda_kd":  # the authors give no numbers: GDA beside each row of others, and their own command
             with_gda = [("auto" if k[0] == "kd" else f"{k[0]} + GDA", *k[1:]) for k in published
                         if "vanilla" not in k[0]]
-            published |= dict.fromkeys([("auto", "cifar100", "resnet56", "resnet20", None), *with_gda], "")
-        for (preset, dataset, teacher, student, shots), number in published.items():
-            top1, protocol = number if isinstance(number, tuple) else (number, getattr(module, "PROTOCOL", ""))
+            published |= dict.fromkeys([("auto", "cifar100", "resnet56", "resnet20", None), *with_gda], ("", ""))
+        for (preset, dataset, teacher, student, shots), (top1, protocol) in published.items():
             key, few = (method, preset, dataset, teacher, student, str(shots or "")), dataset == "mini"
             if preset == "official":  # its students share one generator, so they share the run
                 student = ",".join(k[3] for k in published if k[:3] == (preset, dataset, teacher))

@@ -270,6 +270,18 @@ def test_folded_network_adds_its_bias_by_position(tmp_path):
     assert common.load_teacher(tmp_path / "b.pt")[1]["arch"] == "netgraft_vgg16_folded"
 
 
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_channel_statistics_equal_var_mean(layout):
+    h = (3 + 2 * torch.randn(6, 5, 4, 4, dtype=torch.float64)).to(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(common.ChannelStatistics.apply, (h,))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        h.data[:, 1] = 3.0  # a dead channel
+        mu, var = common.ChannelStatistics.apply(h.to(dtype))
+        var_ref, mu_ref = torch.var_mean(h.to(dtype).double(), (0, 2, 3), unbiased=False)
+        close(mu, mu_ref.detach(), tolerance)
+        close(var, var_ref.detach(), tolerance)
+
+
 def test_initialisation():
     torch.manual_seed(0)
     net = common.build_model("resnet20", 10)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # only because this file does not lie beside common.py
 from common import (  # noqa: E402
-    Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, crop_flip, evaluate,
+    Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
     evaluate_file, get_teacher, load_data, lr_at, predict)
 
 
@@ -96,9 +96,7 @@ def main(args: Args) -> dict:
             group["lr"] = lr_at(recipe, epoch)
         parts = batches(len(x_real), args.batch_size, run.generator)
         for step, batch in enumerate(run.bar(parts, f"epoch {epoch + 1}"), epoch * len(parts)):
-            dy, dx = torch.randint(0, 9, (2, len(batch)), generator=run.generator, device=run.device)
-            flip = torch.rand(len(batch), generator=run.generator, device=run.device) < 0.5
-            x = data.normalize(crop_flip(x_real[batch], dy, dx, flip))
+            x = data.random_view(x_real[batch], run.generator)
             with torch.no_grad(), autocast(run.device, args.amp):
                 t_logits = teacher(x)
             with autocast(run.device, args.amp):
