@@ -82,11 +82,11 @@ class Args:
     norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the teacher's, else the data set's
     preset: str = "auto"  # published values of the pair, or a variant; none = the bare defaults
     smoke: bool = False  # the whole pipeline on a few shapes, under a minute on a CPU
-    seed: int = 0  # seeds python, numpy, torch and the choice of shots
+    seed: int = 0  # seeds python, numpy, torch; pgdi: the choice of shots too
     deterministic: bool = False  # deterministic kernels, an error where there are none
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
-    compile: bool = False  # torch.compile of the step
+    compile: bool = False  # torch.compile of the networks in the student's steps
     select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
     eval_every: int = 1  # epochs between evaluations (the last one always)
     log_every: int = 100  # steps between log points

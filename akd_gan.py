@@ -73,11 +73,11 @@ class Args:
     norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the teacher's, else the data set's
     preset: str = "auto"  # published values of the pair, or a variant; none = the bare defaults
     smoke: bool = False  # the whole pipeline on a few shapes, under a minute on a CPU
-    seed: int = 0  # seeds python, numpy, torch and the choice of shots
+    seed: int = 0  # seeds python, numpy, torch; pgdi: the choice of shots too
     deterministic: bool = False  # deterministic kernels, an error where there are none
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
-    compile: bool = False  # torch.compile of the step
+    compile: bool = False  # torch.compile of the networks in the student's steps
     select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
     eval_every: int = 1  # epochs between evaluations (the last one always)
     log_every: int = 100  # steps between log points
@@ -423,7 +423,7 @@ def main(args: Args) -> dict:
             generator, sgd, adam, seen = generators[owners[name]], sgds[name], adams[owners[name]], defaultdict(list)
             sgd.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, lr_g
             for i in run.bar(range(args.epoch_itrs), f"epoch {epoch + 1} {name}"):
-                due = (i + 1) % args.log_every == 0 or i + 1 == args.epoch_itrs
+                due = (i + 1) % max(1, args.log_every // args.kd_steps) == 0 or i + 1 == args.epoch_itrs
                 # step 1: the student imitates the teacher
                 losses, agree, counts = student_steps(student, sgd, generator, guide, draw, args, at_once)
                 # step 2: the generator looks for images on which it does not

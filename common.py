@@ -1488,7 +1488,8 @@ class Run:
         score = next(iter(self.scores.values()), {"last": top1, "best": top1, "best_epoch": -1})
         result = {"method": self.method, **{k: getattr(a, k, None) for k in ROW_KEYS[1:]}, "seed": a.seed,
                   "teacher_top1": None, **score, **dict.fromkeys(("top5", "agree1", "L_p", "L_p_sqrt", "n_test")),
-                  "real_images": 0, "synthetic_images": 0, "paper": None, **row,
+                  "real_images": 0, "synthetic_images": 0, "paper": None,
+                  "flags": {k: getattr(a, k) for k in getattr(a, "given", ()) if k not in NO_SETTING}, **row,
                   "seconds": round(self.seconds(), 1), "peak_mb": self.peak_mb(), "device": self.device_name(),
                   "torch": torch.__version__, "git": git_revision()}
         result.pop("top1", None)
@@ -1515,6 +1516,8 @@ def image_grid(images: Tensor, rows: int, path: Path) -> None:
 
 
 ROW_KEYS = ("method", "preset", "dataset", "teacher", "student", "shots")
+NO_SETTING = (*ROW_KEYS, "seed", "arch", "smoke", "data_dir", "data_url", "teacher_ckpt", "device", "out_dir",
+              "run_name", "resume", "evaluate", "time_limit", "eval_every", "log_every", "save_every", "tensorboard")
 
 
 def result_rows(path: Path) -> list[dict]:
@@ -1525,7 +1528,10 @@ def result_rows(path: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: rows that differ only in the seed make one line, mean ± std; tests/bench.py has its own columns."""
+    """Markdown: rows that differ only in the seed make one line, mean ± std; tests/bench.py has its own columns.
+
+    The label names the flags in which a line differs from others of the same method, preset, networks and data.
+    """
     def mean(group: list[dict], key: str, form: str = ".2f") -> str:
         values = [row[key] for row in group if row.get(key) is not None]
         spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
@@ -1534,10 +1540,15 @@ def table(rows: list[dict]) -> str:
     head, lines, groups = ("method|data|teacher → student|shots|last|best on test|published|Agree@1|L_p|seconds|"
                            "real / made images|seeds").split("|"), [], {}
     for row in rows:
-        groups.setdefault(tuple(str(row.get(k) or "") for k in ROW_KEYS), []).append(row)
-    for (method, preset, dataset, teacher, student, shots), group in groups.items():
-        first, paper = group[0], group[0].get("paper") or {}
-        lines.append((method + f" `{preset}`" * (preset not in ("", "auto")), Path(dataset).name,
+        key = (*(str(row.get(k) or "") for k in ROW_KEYS), json.dumps(row.get("flags") or {}))
+        groups.setdefault(key, []).append(row)
+    for (*key, _), group in groups.items():
+        (method, preset, dataset, teacher, student, shots), first = key, group[0]
+        alike = [other[0].get("flags") or {} for (*k, _), other in groups.items() if k == key]
+        own = [f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in (first.get("flags") or {}).items()
+               if any(f.get(k) != v for f in alike)]
+        label, paper = " ".join([preset] * (preset not in ("", "auto")) + own), first.get("paper") or {}
+        lines.append((method + f" `{label}`" * bool(label), Path(dataset).name,
                       (f"{teacher} ({mean(group[:1], 'teacher_top1')}) → " if teacher else "") + student, shots,
                       f"**{mean(group, 'last')}**", mean(group, "best"),
                       f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
@@ -1555,9 +1566,10 @@ def results_path(name: str) -> Path:
 
 
 def keep(rows: list[dict], name: str) -> Path:
-    """Put rows into tests/results/<name>.jsonl; a row measured again replaces the old one."""
+    """Put rows into tests/results/<name>.jsonl; a row measured again (same flags, same seed) replaces the old one."""
     path = results_path(name)
-    kept = {tuple(str(row.get(k)) for k in ("bench", *ROW_KEYS, "seed")): row for row in result_rows(path) + rows}
+    keys = ("bench", *ROW_KEYS, "flags", "seed")
+    kept = {tuple(str(row.get(k) or "") for k in keys): row for row in result_rows(path) + rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in kept.values()).encode()))
     return path

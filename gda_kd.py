@@ -92,11 +92,11 @@ class Args:
     norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the teacher's, else the data set's
     preset: str = "auto"  # published values of the pair, or a variant; none = the bare defaults
     smoke: bool = False  # the whole pipeline on a few shapes, under a minute on a CPU
-    seed: int = 0  # seeds python, numpy, torch and the choice of shots
+    seed: int = 0  # seeds python, numpy, torch; pgdi: the choice of shots too
     deterministic: bool = False  # deterministic kernels, an error where there are none
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
-    compile: bool = False  # torch.compile of the step
+    compile: bool = False  # torch.compile of the networks in the student's steps
     select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
     eval_every: int = 1  # epochs between evaluations (the last one always)
     log_every: int = 100  # steps between log points
@@ -533,30 +533,30 @@ def classify(args: Args) -> dict:
     for epoch in range(run.restore(student=student, optimizer=optimizer), args.epochs):
         student.train()
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(plan, epoch)
+            group["lr"] = lr = lr_at(plan, epoch)
         parts = batches(n, groups * size, run.generator, drop_last=True)
         for step, index in enumerate(run.bar(parts, f"epoch {epoch + 1}"), epoch * len(parts)):
-            # 1. crops, drawn for the whole batch by every process
+            # step 1: crops, drawn for the whole batch by every process
             mine = index.chunk(world)[rank]
             if v0:
                 crops = draw_crops(len(index), data.image_size, run.generator).chunk(world, 1)[rank]
                 x = data.normalize(cropper(data.train_x.index_select(0, mine), crops))
             else:
                 x = data.augment(index, run.generator).chunk(world)[rank]
-            # 2. logits and losses
+            # step 2: logits and losses
             with autocast(run.device, args.amp):
                 t = None if teacher is None else teacher(x).float()  # frozen: keeps no graph
                 s = grouped(student, x, groups // world, forward, first=rank == 0).float()
             s, t = (None if v is None else v.view(-1, size, v.shape[-1]) for v in (s, t))  # (G, b, C)
             terms = distill_terms(s, t, data.train_y[mine], epoch, loss_args)
             loss = terms["gt"] + terms["kd"] + terms["align"]  # eq. (11)
-            # 3. one update
+            # step 3: one update
             optimizer.zero_grad(set_to_none=True)
             (loss / world).backward()
             optimizer.step()
             if step % args.log_every == 0:
                 stats = transport_stats(s, t) if teacher is not None and args.gda else {}
-                run.log(step, epoch, loss=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats, lr=group["lr"])
+                run.log(step, epoch, loss_total=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats, lr=lr)
         due = rank == 0 and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs)
         go_on = run.end_epoch(epoch, student, evaluate(student, data)["top1"] if due else None)
         if world > 1:  # every process takes the first one's batch norm buffers and its decision to go on
@@ -879,7 +879,7 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
             best.score.fill_(-1.0)
         learner.train()
         for step, index in enumerate(run.bar(parts, f"{stage} epoch {e + 1}"), sum(steps[s] for s, _ in order[:epoch])):
-            # 1. classifier: logits of base classes (B, C)
+            # step 1, classifier: logits of base classes (B, C)
             if stage == "classifier":
                 crops = draw_crops(len(index), data.image_size, run.generator)
                 crops[4] = 0  # bilinear only
@@ -887,7 +887,7 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
                 with autocast(run.device, args.amp):
                     s = grouped(learner, x, plan.virtual_gpus, forward).float()
                     t = teacher and teacher.encoder(x).float()
-            # 2. meta: logits of the queries of 4 episodes (Q, way)
+            # step 2, meta: logits of the queries of 4 episodes (Q, way)
             else:
                 with autocast(run.device, args.amp):
                     s = grouped(learner, data.normalize(base_x[index]), plan.virtual_gpus, features).float()
@@ -901,7 +901,7 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
             optimizer.step()
             if step % args.log_every == 0:
                 stats = transport_stats(s, t) if teacher and args.gda else {}
-                run.log(step, epoch, loss=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats,
+                run.log(step, epoch, loss_total=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats,
                         lr=group["lr"], tau=learner.temp)
         if (e + 1) % args.eval_every == 0 or e + 1 == plan.epochs:
             if stage == "classifier":
@@ -912,14 +912,14 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
             score = torch.tensor(*scores.values())
             if score > best.score:  # sync
                 best.load_state_dict({**learner.state_dict(), "score": score})
-            run.log(step, epoch, loss=loss, **scores)
+            run.log(step, epoch, loss_total=loss, **scores)
         if e + 1 == plan.epochs:
             last, selected = ({k: v.cpu() for k, v in m.state_dict().items() if k != "score"} for m in (learner, best))
             for path in (run.dir / f"{stage}.pt", *([] if teacher else [plain_path(plan, data)])):
                 save(path, {"state_dict": last, "selected": selected, "arch": args.student, "stage": stage})
         if not run.end_epoch(epoch, learner, None):
             return run.finish({})
-    # 3. test: of each stage the last epoch and the one selected on held-out data; the last of these is the result
+    # step 3, test: of each stage the last epoch and the one selected on held-out data; the last of these is the result
     results, tops = {}, fewshot_test(teacher, data, args, f"teacher {args.teacher}") if teacher else {}
     for stage in stages or ["test"]:
         for chosen in {"classifier": (False, True), "meta": (True, False), "test": (False,)}[stage]:

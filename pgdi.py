@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    ChannelStatistics, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
+    ChannelStatistics, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
     evaluate_file, fail, get_teacher, load_data, lr_at, predict, quantize, read_checkpoint, write_atomic)
 
 
@@ -74,11 +74,11 @@ class Args:
     norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the teacher's, else the data set's
     preset: str = "auto"  # published values of the pair, or a variant; none = the bare defaults
     smoke: bool = False  # the whole pipeline on a few shapes, under a minute on a CPU
-    seed: int = 0  # seeds python, numpy, torch and the choice of shots
+    seed: int = 0  # seeds python, numpy, torch; pgdi: the choice of shots too
     deterministic: bool = False  # deterministic kernels, an error where there are none
     device: str = "auto"  # auto, cuda, cuda:N or cpu
     amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
-    compile: bool = False  # torch.compile of the step
+    compile: bool = False  # torch.compile of the networks in the student's steps
     select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
     eval_every: int = 1  # epochs between evaluations (the last one always)
     log_every: int = 100  # steps between log points
@@ -164,7 +164,8 @@ FIVE, TEN = (94.61, 90.67, 88.45, 92.89, 92.73, 76.96, 70.15, 53.65, 69.46, 69.2
 FAST_10 = (94.05, 90.53, 89.29, 92.51, 92.45, 74.34, 67.44, 54.02, 63.91, 65.12)
 ONE_RUN = "best test epoch, one run"
 PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
-    **{("auto", *pair, shots): (top1, ONE_RUN) for shots, column in ((5, FIVE), (10, TEN)) for pair, top1 in zip(SCRIPT, column)},
+    **{("auto", *pair, shots): (top1, ONE_RUN) for shots, column in ((5, FIVE), (10, TEN))
+       for pair, top1 in zip(SCRIPT, column)},
     **{("fast", *pair, 0): (top1, ONE_RUN) for pair, top1 in zip(SCRIPT, FAST_10)}}
 
 

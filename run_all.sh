@@ -73,10 +73,12 @@ laptop() {
     row laptop akd_gan_dfad "$seed" akd_gan.py --preset dfad $real $game --epoch_itrs 50 --milestones 18,25 "$@"
     row laptop akd_gan_strong "$seed" akd_gan.py --preset strong $real $game --epoch_itrs 50 --kd_steps 5 \
       --lr 0.05 --lr_g 2e-3 --T 20 "$@"
+    local round="--epochs 30 --ep_steps 300 --kd_steps 10"
     for preset in auto cudfkd dfq dafl zskt; do
-      row laptop "adadfkd_$preset" "$seed" adadfkd.py --preset $preset $real $wrn --epochs 30 --ep_steps 300 \
-        --kd_steps 10 "$@"
+      row laptop "adadfkd_$preset" "$seed" adadfkd.py --preset $preset $real $wrn $round "$@"
     done
+    row laptop adadfkd_plain "$seed" adadfkd.py $real $wrn $round --adv 0 --balance 0 "$@"
+    row laptop adadfkd_adv "$seed" adadfkd.py $real $wrn $round --balance 0 "$@"
     row laptop adadfkd_adi "$seed" adadfkd.py --preset adi $real $wrn --epochs 21 --ep_steps 200 --kd_steps 200 \
       --g_steps 100 --synthesis_batch_size 128 "$@"
     row laptop adadfkd_cmi "$seed" adadfkd.py --preset cmi $real $wrn --epochs 10 --ep_steps 250 --kd_steps 250 \

@@ -835,6 +835,10 @@ def test_summarize_means_over_seeds(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 3 and common.table(common.result_rows(path)) == text
     filled = common.fill_tables("a\n<!-- results demo -->\nold\n<!-- end -->\n<!-- results none -->\n<!-- end -->")
     assert text in filled and "Not measured yet." in filled and "old" not in filled
+    for row, flags in zip(rows, ({"T": 8.0, "lr": 0.1}, {"lr": 0.1}, {"lr": 0.1})):
+        row["flags"] = flags
+    lines = common.table(rows).splitlines()  # other flags: another line, which names them
+    assert len(lines) == 4 and "toy `--T 8`" in lines[2] and "63.00 ± 1.41" in lines[3] and "`" not in lines[3]
 
 
 def test_bf16_is_close_to_float32(toy_run):

@@ -706,7 +706,7 @@ FEWSHOT = ("--task fewshot --smoke --save_every 1 --device cpu --teacher resnet8
 def test_run_folder_and_evaluate(run):
     row = run("--run_name", "a")
     rows, config = metrics("runs/a"), json.loads(Path("runs/a/config.json").read_text())
-    want = {"loss", "loss/gt", "loss/kd", "loss/align", "loss/fr", "loss/sk", "ot_diagonal", "ot_cost", "lr"}
+    want = {"loss/total", "loss/gt", "loss/kd", "loss/align", "loss/fr", "loss/sk", "ot_diagonal", "ot_cost", "lr"}
     assert want <= rows[0].keys() and 0 < rows[0]["ot_diagonal"] < 1
     assert [r["acc/test_top1"] for r in rows if "acc/test_top1" in r][-1] == row["last"]
     assert config["derived"]["groups"] == 2 and config["derived"]["sinkhorn_lamda"] == pytest.approx(0.1 * 128 / 16)
@@ -787,7 +787,7 @@ def test_no_wait_for_the_device_inside_a_step(run, monkeypatch):
 def test_bf16_is_close_to_float32(run):
     run("--run_name", "a")
     run("--run_name", "b", "--amp", "bf16")
-    a, b = (metrics(f"runs/{name}")[0]["loss"] for name in "ab")
+    a, b = (metrics(f"runs/{name}")[0]["loss/total"] for name in "ab")
     assert abs(a - b) < 0.05 * abs(a)
 
 
@@ -812,7 +812,7 @@ def test_processes_give_the_gradients_of_groups(run, tmp_path):
                            "29617", str(ROOT / "gda_kd.py"), *flags, "--run_name", "two"], cwd=tmp_path, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len([r for r in metrics("runs/two") if "loss" in r]) == 3
+    assert len([r for r in metrics("runs/two") if "loss/total" in r]) == 3
     a, b = (torch.load(f"runs/{name}/student.pt", weights_only=True) for name in ("one", "two"))
     assert all((a[k].float() - b[k].float()).abs().max() <= 1e-6 * max(1, a[k].float().abs().max()) for k in a)
     one, two = (json.loads(Path(f"runs/{name}/result.json").read_text()) for name in ("one", "two"))
@@ -838,7 +838,7 @@ def test_fewshot_stages_follow_each_other(run, capsys):
     assert set(row["fs"]) == {"1", "2"}
     assert row["best"] is None and row["shots"] == 1 and row["dataset"] == "shapes" and row["teacher_top1"] > 0
     rows = metrics(folder)
-    assert {"loss", "loss/gt", "loss/kd", "loss/fr", "loss/sk", "ot_diagonal", "ot_cost", "tau", "lr"} <= rows[0].keys()
+    assert {"loss/total", "loss/gt", "loss/kd", "loss/fr", "loss/sk", "ot_diagonal", "ot_cost", "tau", "lr"} <= rows[0].keys()
     assert [k for r in rows for k in r if k.endswith("_top1")] == ["heldout_top1", "val_top1"]
     assert rows[0]["tau"] == 10 != rows[-2]["tau"] and [r["step"] for r in rows] == sorted(r["step"] for r in rows)
     plans = json.loads((folder / "config.json").read_text())["derived"]["stages"]
