@@ -64,6 +64,7 @@ laptop() {
   local synthesis="--lr_tmax 50 --warmup 10 --synthesis_batch_size 128 --ngf 32"
   local shots="--shots 10 --real_fewshot_initial 32 --mixed_distill_stop_epoch 30"
   local game="--student wrn16_1,resnet8 --epochs 30 --batch_size 32 --ngf 32"
+  local labels="--recipe native --limit_train 5000 --epochs 60"
   for seed in ${SEEDS:-0}; do
     row laptop pgdi "$seed" pgdi.py $real $wrn $steps $synthesis $shots "$@"
     row laptop pgdi_described "$seed" pgdi.py --preset described $real $wrn $steps $synthesis $shots "$@"
@@ -83,6 +84,20 @@ laptop() {
       --g_steps 100 --synthesis_batch_size 128 "$@"
     row laptop adadfkd_cmi "$seed" adadfkd.py --preset cmi $real $wrn --epochs 10 --ep_steps 250 --kd_steps 250 \
       --g_steps 70 --synthesis_batch_size 128 "$@"
+    row laptop netgraft "$seed" netgraft.py $real --student resnet8 "$@"
+    row laptop gda_kd_vanilla "$seed" gda_kd.py --distiller vanilla $real $labels --student resnet8 "$@"
+    for distiller in kd dkd; do
+      row laptop "gda_kd_$distiller" "$seed" gda_kd.py --distiller $distiller --no_gda $real $labels \
+        --student resnet8 "$@"
+      row laptop "gda_kd_${distiller}_gda" "$seed" gda_kd.py --distiller $distiller $real $labels --student resnet8 "$@"
+    done
+    row laptop gda_kd_wrn "$seed" gda_kd.py $real $labels $wrn "$@"
+    row laptop gda_kd_wrn_alone "$seed" gda_kd.py --distiller vanilla $real $labels $wrn "$@"
+    row laptop gda_kd_weak "$seed" gda_kd.py $real $labels --teacher resnet8 --student resnet20 "$@" \
+      --teacher_ckpt "runs/laptop/gda_kd_vanilla__s$seed/student.pt"
+    row laptop gda_kd_weak_alone "$seed" gda_kd.py --distiller vanilla $real $labels --student resnet20 "$@"
+    row laptop gda_kd_fewshot "$seed" gda_kd.py --task fewshot --fs_data cifarfs --teacher resnet18_thin \
+      --student resnet12_thin --epochs 6 --meta_epochs 3 --amp bf16 "$@" --teacher_ckpt ""
   done
   python common.py summarize runs/laptop
 }

@@ -958,6 +958,22 @@ def test_readme_commands_parse():
             assert f"\n  {words[2]})" in (ROOT / "run_all.sh").read_text(), line
 
 
+def test_rows_of_demo_and_laptop_parse():
+    """Each line of run_all.sh names a run of its own and flags that its script knows; what stands behind reaches it."""
+    text = (ROOT / "run_all.sh").read_text()
+    text = text[:text.index('command="${1:-}"')] + """
+environment() { :; }; python() { :; }; row() { printf '%s\\t' "$@"; echo; }
+demo --data_dir there; laptop --data_dir there"""
+    done = subprocess.run(["bash", "-c", text, ROOT / "run_all.sh"], capture_output=True, text=True, check=True)
+    rows = [line.split("\t")[:-1] for line in done.stdout.splitlines()]
+    assert len(rows) > 30 and len({tuple(row[:3]) for row in rows}) == len(rows)
+    for _, _, seed, script, *flags in rows:
+        module = __import__(script.split(".py")[0])
+        cls = module.TrainArgs if script == "common.py train" else module.Args
+        given = common.given_flags(cls, getattr(module, "ALIASES", {}), flags)
+        assert seed == "0" and given["data_dir"] == "there"
+
+
 @pytest.mark.slow
 def test_readme_own_data_and_own_network(tmp_path):
     """The README's commands for own images and an own network, as they stand there, made short."""
