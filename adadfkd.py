@@ -57,7 +57,6 @@ import itertools
 import random
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Callable, Iterator, Literal, Optional
 
 import torch
@@ -67,7 +66,7 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs,
-    evaluate_file, fail, get_teacher, load_data, lr_at, predict, quantize)
+    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, quantize)
 
 
 @dataclass
@@ -333,13 +332,13 @@ def entropy(t_logits: Tensor, T: float) -> Tensor:
 
 
 def bn_layers(teacher: nn.Module) -> list[nn.Module]:
-    return [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    return [m for m in teacher.modules() if has_statistics(m)]
 
 
-def bn_loss(now: list[Tensor], teacher: nn.Module) -> Tensor:
-    """Eq. (4): of the mean and biased variance (2, C_l) of each layer's input. Norm over channels, sum over layers."""
-    running = [torch.stack([m.running_mean, m.running_var]) for m in bn_layers(teacher)]
-    return torch.stack([(a - b).norm(dim=1).sum() for a, b in zip(now, running)]).sum()
+def bn_distance(m: nn.BatchNorm2d, h: Tensor) -> Tensor:
+    """Eq. (4) of one layer, mean and biased variance (2, C_l) of its input h against its own. Norm over channels."""
+    running, now = torch.stack([m.running_mean, m.running_var]), ChannelStatistics.apply(h)
+    return (now - running).norm(dim=1).sum()
 
 
 def ring_loss(t_feat: Tensor, s_feat: Tensor, negatives: Tensor, window: tuple[int, int], tau: float
@@ -476,11 +475,11 @@ class Pool:
 
 @contextlib.contextmanager
 def tapped(layers: list[nn.Module], statistic: Callable) -> Iterator[list]:
-    """While open, each pass appends statistic(input) of these layers."""
+    """While open, each pass appends statistic(layer, input) of these layers."""
     taps: list = []
 
-    def hook(_: nn.Module, inputs: tuple) -> None:
-        taps.append(statistic(inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))))
+    def hook(m: nn.Module, inputs: tuple) -> None:
+        taps.append(statistic(m, inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))))
 
     hooks = [m.register_forward_pre_hook(hook) for m in layers]
     try:
@@ -500,7 +499,7 @@ def generator_step(generator: Generator, optimizer: torch.optim.Optimizer, teach
     generator.train()
     student.eval().requires_grad_(False)
     loss_adv = loss_rel = loss_bn = similarity = z.new_zeros(())
-    with autocast(z.device, args.amp), tapped(bn_layers(teacher) if args.bn else [], ChannelStatistics.apply) as taps:
+    with autocast(z.device, args.amp), tapped(bn_layers(teacher) if args.bn else [], bn_distance) as taps:
         x = generator(z)
         v = data.normalize(x.float())
         t_logits, t_feats = teacher(v, return_features=True)
@@ -512,7 +511,7 @@ def generator_step(generator: Generator, optimizer: torch.optim.Optimizer, teach
     loss_oh = F.cross_entropy(t_logits, t_logits.argmax(1))  # eq. (3)
     loss_act = -t_feat.abs().mean()  # eq. (3)
     if args.bn:
-        loss_bn = bn_loss(taps, teacher)  # eq. (4)
+        loss_bn = torch.stack(taps).sum()  # eq. (4)
     if adv:
         loss_adv = adv_loss(s_logits.float(), t_logits, args.adv_type, args.loss, args.T)  # eq. (5)
     if args.hard:
@@ -598,12 +597,12 @@ def clip(x: Tensor, data: Data) -> Tensor:
 
 def see(v: Tensor, targets: Tensor, teacher: nn.Module, student: nn.Module, layers: list[nn.Module],
         statistic: Callable, args: Args) -> tuple[Tensor, list[Tensor]]:
-    """The terms that ADI and CMI share, eqs. (13), (14), and statistic(input) of the layers."""
-    with autocast(v.device, args.amp), tapped(bn_layers(teacher), ChannelStatistics.apply) as now, \
+    """The terms that ADI and CMI share, eqs. (13), (14), and statistic(layer, input) of the layers."""
+    with autocast(v.device, args.amp), tapped(bn_layers(teacher) if args.bn else [], bn_distance) as bn, \
             tapped(layers, statistic) as taps:
         t_logits = teacher(v).float()
         s_logits = student(v).float() if args.adv else None
-    loss = args.bn * bn_loss(now, teacher) + args.oh * F.cross_entropy(t_logits, targets)
+    loss = args.bn * (torch.stack(bn).sum() if bn else 0.0) + args.oh * F.cross_entropy(t_logits, targets)  # eq. (4)
     return loss + (args.adv * adv_loss(s_logits, t_logits, args.adv_type) if args.adv else 0.0), taps
 
 
@@ -614,7 +613,7 @@ def adi_images(x: Tensor, targets: Tensor, teacher: nn.Module, student: nn.Modul
     x, losses = x.clone(memory_format=torch.channels_last).requires_grad_(), []
     adam = torch.optim.Adam([x], args.lr_g, (0.5, 0.99))
     for _ in range(args.g_steps):
-        loss, _ = see(jitter(x), targets, teacher, student, [], torch.detach, args)
+        loss, _ = see(jitter(x), targets, teacher, student, [], bn_distance, args)
         loss = loss + args.tv * total_variation(x)  # eq. (13)
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -677,12 +676,13 @@ def local_view(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
 
 def feature_layers(teacher: nn.Module, name: str) -> list[nn.Module]:
     """Whose inputs give CMI's features: the four stages of ResNet-34 and -50, every batch norm otherwise."""
-    if name.startswith(("resnet34", "resnet50")):
+    if name.startswith(("resnet34", "resnet50")) and ".py:" not in name:
         return [getattr(teacher, f"layer{i}") for i in range(1, 5)]
     return bn_layers(teacher)
 
 
-CHANNEL_MEANS = partial(torch.mean, dim=(2, 3))
+def channel_means(_: nn.Module, h: Tensor) -> Tensor:
+    return h.mean((2, 3))
 
 
 def cmi_images(generator: Generator, z: Tensor, targets: Tensor, teacher: nn.Module, student: nn.Module,
@@ -698,9 +698,9 @@ def cmi_images(generator: Generator, z: Tensor, targets: Tensor, teacher: nn.Mod
             x = generator(z)
         x = x.float()
         part, full = views(x)
-        loss, taps = see(full, targets, teacher, student, layers, CHANNEL_MEANS, args)
+        loss, taps = see(full, targets, teacher, student, layers, channel_means, args)
         whole = torch.cat(taps, 1)
-        with autocast(z.device, args.amp), tapped(layers, CHANNEL_MEANS) as taps:
+        with autocast(z.device, args.amp), tapped(layers, channel_means) as taps:
             teacher(part)
         local = torch.cat(taps, 1)
         kept = contrast.draw(args.bank_draw, rng)
@@ -740,6 +740,12 @@ def check(args: Args, size: int) -> None:
             fail(message)
 
 
+def check_teacher(args: Args, teacher: nn.Module) -> None:
+    if (args.bn or args.synthesis == "cmi") and not bn_layers(teacher):
+        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (4); choose another one"
+             f"{'' if args.synthesis == 'cmi' else ', or go on with --bn 0'}")
+
+
 @torch.no_grad()
 def feature_dim(net: nn.Module, name: str, data: Data) -> int:
     training = net.training
@@ -776,9 +782,7 @@ def main(args: Args) -> dict:
     args.nz, args.depth = args.nz or 16 * data.image_size, args.depth or (3 if data.image_size >= 64 else 2)
     check(args, data.image_size)
     teacher, info = get_teacher(args, data)
-    if (args.bn or args.synthesis == "cmi") and not bn_layers(teacher):
-        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (4); choose another one"
-             f"{'' if args.synthesis == 'cmi' else ', or go on with --bn 0'}")
+    check_teacher(args, teacher)
     student = build_model(args.student, data.num_classes, data.image_size)
     student.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -799,7 +803,7 @@ def main(args: Args) -> dict:
         objects |= dict(generator=generator, adam=adam, queue=queue)
     if args.synthesis == "cmi":
         layers = feature_layers(teacher, args.teacher)
-        with torch.no_grad(), tapped(layers, CHANNEL_MEANS) as taps:
+        with torch.no_grad(), tapped(layers, channel_means) as taps:
             teacher(data.normalize(data.test_x[:2]))
         contrast = Contrast(torch.cat(taps, 1).shape[1], args.bank_size).to(run.device)
         head_adam = torch.optim.Adam(contrast.head.parameters(), 1e-3)

@@ -57,8 +57,8 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Data, Run, accuracy, agreement, autocast, build_model, cli, count_params_macs, evaluate_file,
-    fail, get_teacher, image_grid, load_data, lr_at, norm_constants, predict, read_checkpoint, read_json, save,
-    short_name, subset_indices)
+    fail, get_teacher, has_statistics, image_grid, load_data, lr_at, norm_constants, predict, read_checkpoint,
+    read_json, save, short_name, subset_indices)
 
 
 @dataclass
@@ -195,7 +195,7 @@ def bn_distances(teacher: nn.Module) -> Iterator[list[Tensor]]:
         mean, var = ChannelStatistics.apply(inputs[0].to(m.running_mean.dtype))
         taps.append((var - m.running_var).norm() + (mean - m.running_mean).norm())
 
-    hooks = [m.register_forward_pre_hook(tap) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [m.register_forward_pre_hook(tap) for m in teacher.modules() if has_statistics(m)]
     try:
         yield taps
     finally:
@@ -397,7 +397,7 @@ def main(args: Args) -> dict:
                      limit_test=args.limit_test)
     check(args, data)
     teacher, info = get_teacher(args, data, args.teacher_size)  # D3
-    if args.bn and not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
+    if args.bn and not any(has_statistics(m) for m in teacher.modules()):
         fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (7); choose another one, or go on with --bn 0")
     place = {"device": run.device, "memory_format": torch.channels_last}
     students = {name: build_model(arch, data.num_classes, data.image_size).to(**place) for name, arch in names.items()}

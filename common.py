@@ -39,6 +39,7 @@ import time
 import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -304,14 +305,20 @@ def own_network(spec: str, num_classes: int, image_size: int) -> nn.Module:
         net = module[name](num_classes=num_classes)
         if "return_features" not in inspect.signature(net.forward).parameters:
             net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {})
-        with torch.no_grad():
-            shape = tuple(net.eval()(torch.zeros(2, 3, image_size, image_size)).shape)
+        with torch.no_grad(), rng_kept():
+            shapes = {tuple(deepcopy(net).train(mode)(torch.zeros(2, 3, image_size, image_size)).shape)
+                      for mode in (True, False)}
     except Exception as e:
         why = f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}"
         fail(f"{spec} fails on 2 images of {image_size}x{image_size}: {why}; mend it")
-    if shape != (2, num_classes):
-        fail(f"{spec} gives outputs of shape {shape} for 2 images, they must be logits of shape (2, {num_classes})")
+    if shapes != {(2, num_classes)}:
+        fail(f"{spec} gives outputs of shape {max(shapes - {(2, num_classes)})} for 2 images, they must be logits of "
+             f"shape (2, {num_classes})")
     return net.train()
+
+
+def has_statistics(m: nn.Module) -> bool:
+    return isinstance(m, nn.BatchNorm2d) and m.running_mean is not None
 
 
 class ChannelStatistics(torch.autograd.Function):
@@ -362,7 +369,7 @@ def norm_constants(norm: Any) -> tuple[tuple, tuple]:
     """(mean, std) of a name in NORMS, or of six numbers (text, list or stored pair)."""
     if str(norm).lower() in NORMS:
         return NORMS[norm.lower()]
-    numbers = [float(v) for v in re.findall(r"[-+.\deE]*\d[.\deE]*", str(norm))]
+    numbers = [float(v) for v in re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(norm))]
     if len(numbers) != 6 or min(numbers[3:]) <= 0:
         fail(f"--norm {norm}: not one of {', '.join(NORMS)}, nor six numbers (three means, three positive stds)")
     return tuple(numbers[:3]), tuple(numbers[3:])
@@ -650,7 +657,7 @@ def read_tiny(folder: Path, split: str, size: int = 0, classes: Optional[list] =
     if split == "train":
         files = [(path, c) for c in classes for path in sorted((folder / "train" / c / "images").glob("*.JPEG"))]
     else:
-        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+        rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().split("\n") if line]
         if min(map(len, rows), default=0) < 2:
             raise ValueError("val_annotations.txt is not complete")
         files = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
@@ -678,7 +685,7 @@ def read_images(paths: list, size: int = 0) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 return work(image)
-        except (OSError, ValueError, SyntaxError) as e:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"{path} cannot be read as an image ({e}); replace or remove it") from e
 
     with ThreadPoolExecutor() as pool:
@@ -689,6 +696,8 @@ def read_images(paths: list, size: int = 0) -> np.ndarray:
 def square(image: Any, size: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.mode[0] == "I":  # 16 bits of grey, which convert would clip
+        image = image.convert("I").point(lambda v: v / 256).convert("L")
     image = image.convert("RGB").crop((left, top, left + side, top + side))
     return np.asarray(image.resize((size, size), 2) if side != size else image)  # 2: bilinear, anti-aliased
 
@@ -871,7 +880,7 @@ def read_checkpoint(path: Any) -> Any:
         with torch.serialization.safe_globals(safe), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
         fail(f"{path}: no readable checkpoint ({e.strerror}); check the path")
     except Exception as e:  # a broken or hostile file can raise anything; whatever it was, the run ends here
         unpickling, why = isinstance(e, pickle.UnpicklingError), (str(e).splitlines() or [type(e).__name__])[0][:120]
@@ -886,8 +895,8 @@ def is_state_dict(o: Any) -> bool:
     return isinstance(o, dict) and bool(o) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in o.items())
 
 
-def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
-    """The state dict inside a zoo's container, without wrapper prefixes, under our key names, in float32."""
+def unwrap(obj: Any, path: Any, wanted: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The state dict inside a zoo's container, without wrapper prefixes, under our or the wanted key names, float32."""
     names = ("state_dict", "model_state_dict", "model", "net", "student", "teacher", "state_dict_ema")
     if not is_state_dict(obj):
         keys = list(obj) if isinstance(obj, dict) else type(obj).__name__
@@ -896,14 +905,15 @@ def unwrap(obj: Any, path: Any) -> dict[str, Tensor]:
             hint = "few-shot files go to gda_kd.py --task fewshot" if "model_sd" in keys else "save model.state_dict()"
             fail(f"{path}: no weights found, the file holds {str(keys)[:200]}; {hint}")
     state, before = dict(obj), None
-    while state.keys() != before:  # the wrappers lie in any order
+    wanted = set(wanted)
+    while state.keys() != before and not state.keys() <= wanted:  # the wrappers lie in any order
         before = state.keys()
         if {k.split(".")[0] for k in state} >= {"student", "teacher"}:
             state = {k: v for k, v in state.items() if k.startswith("student.")}
         for prefix in ("module.", "_orig_mod.", "model.", "net.", "student.", "teacher."):
             if all(k.startswith(prefix) for k in state):
                 state = {k.removeprefix(prefix): v for k, v in state.items()}
-    if "layer1.0.conv1.weight" in state:
+    if "layer1.0.conv1.weight" in state and not state.keys() <= wanted:
         state = {re.sub(r"^fc\.", "linear.", k.replace(".downsample.", ".shortcut.")): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
@@ -933,13 +943,18 @@ def infer_arch(state: dict[str, Tensor], num_classes: int, path: Any) -> Optiona
     return best if overlap[best] > 0.5 else None
 
 
-def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[int] = None) -> tuple[nn.Module, dict]:
+def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[int] = None, image_size: int = 32
+                 ) -> tuple[nn.Module, dict]:
     """(net in eval mode on the CPU, info) from any published layout, strictly; the shapes tell an `arch` not given."""
     obj = read_checkpoint(path)
     config = read_json(Path(path).parent / "config.json") if Path(path).name.startswith("student") else {}
-    state, meta = unwrap(obj, path), {} if is_state_dict(obj) else obj
+    asked, own = canonical(arch) if arch else None, None
+    if asked and ".py:" in asked and num_classes:
+        with rng_kept():
+            own = build_model(asked, num_classes, image_size)
+    state, meta = unwrap(obj, path, own.state_dict() if own else ()), {} if is_state_dict(obj) else obj
     classes = len(next((v for v in reversed(list(state.values())) if v.ndim == 2), ())) or num_classes or 1
-    asked = canonical(arch) if arch else None
+    classes = num_classes if own else classes
     if asked is None and ".py:" in str(meta.get("arch")):  # no code is run on the word of a file
         fail(f"{path}: holds {meta['arch']}; if that code is yours, give --teacher (or --arch) file.py:callable")
     looks = asked if asked and ".py:" in asked else infer_arch(state, classes, path)
@@ -952,7 +967,7 @@ def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[in
     if num_classes not in (None, classes):
         fail(f"{path}: this is {arch} with {classes} classes, the data set has {num_classes}; take one of this set")
     with rng_kept():  # a net that is overwritten at once must not move the run's random streams
-        net = build_model(arch, classes)
+        net = own or build_model(arch, classes, image_size)
     if arch == "netgraft_vgg16_folded" and "features.4.0.bias_map" not in state:
         net.features[4][0] = nn.Conv2d(256, 256, 3, padding=1)
     wanted = net.state_dict()
@@ -1051,7 +1066,7 @@ def train_recipe(args: TrainArgs) -> dict:
 
 def teacher_path(args: TrainArgs, data: Data) -> Path:
     """<data_dir>/teachers/<dataset>_<arch>-<hash of all that decides the result>.pt"""
-    code = Path(args.arch.rpartition(":")[0]).read_text() if ".py:" in args.arch else ""
+    code = Path(args.arch.rpartition(":")[0]).read_bytes().hex() if ".py:" in args.arch else ""
     facts = [train_recipe(args), canonical(args.arch), code, data.mean, data.std, list(data.classes), data.fingerprint]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return Path(args.data_dir) / "teachers" / f"{data.name}_{short_name(args.arch)}-{digest}.pt"
@@ -1076,7 +1091,8 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
     forward = torch.compile(model) if args.compile else model
     decay, rest = ([p for p in net.parameters() if (p.ndim > 1 or not fast) == decayed] for decayed in (True, False))
     optimizer = torch.optim.SGD([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=recipe["lr"],
-                                momentum=args.momentum, weight_decay=args.weight_decay, nesterov=fast)
+                                momentum=args.momentum, weight_decay=args.weight_decay,
+                                nesterov=fast and args.momentum > 0)
     coin = torch.rand(n, generator=torch.Generator().manual_seed(args.seed)).to(run.device) < 0.5
     run.note(recipe=recipe, norm=data.norm, params_macs=count_params_macs(model, data.image_size))
     seconds = []
@@ -1131,7 +1147,7 @@ def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: 
     if not path.is_file() and not args.teacher_ckpt:
         with rng_kept():
             train_missing(path, wanted, data)
-    net, info = load_teacher(path, args.teacher, data.num_classes)
+    net, info = load_teacher(path, args.teacher, data.num_classes, data.image_size)
     if info["norm"] and "norm" not in getattr(args, "given", ()):
         data.set_norm(info["norm"])
     teacher = Upsampled(net, input_size) if input_size and input_size != data.image_size else net
@@ -1270,9 +1286,10 @@ def first_nan(state: Any, name: str = "") -> str:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -1387,15 +1404,21 @@ class Run:
         if set(ckpt["objects"]) != set(self.objects):
             fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; "
                  f"resume with the source in {self.dir / 'src'}")
-        for name, o in self.objects.items():
-            set_state(o, ckpt["objects"][name])
+        metrics = self.dir / "metrics.jsonl"
+        if self.first_rank and (metrics.stat().st_size if metrics.is_file() else 0) < ckpt["metrics_bytes"]:
+            fail(f"{metrics} is shorter than at the checkpoint; put the right file back, or start anew")
+        try:
+            for name, o in self.objects.items():
+                set_state(o, ckpt["objects"][name])
+        except (RuntimeError, ValueError, KeyError) as e:
+            fail(f"{path} does not fit this run ({(str(e).splitlines() or ['?'])[0][:120]}); put the right file back")
         self.scores, self.best_state, self.step, self.next_epoch, self.seconds_before = (
             ckpt[k] for k in ("scores", "best_state", "step", "epoch", "seconds"))
         for name, g in global_streams().items():
             if name in ckpt["streams"]:
                 set_state(g, ckpt["streams"][name])
         if self.first_rank:
-            with open(self.dir / "metrics.jsonl", "ab") as f:
+            with open(metrics, "ab") as f:
                 f.truncate(ckpt["metrics_bytes"])
         self.begin = time.time()
         print(f"resumed {self.dir} at epoch {self.next_epoch + 1}", flush=True)
@@ -1522,8 +1545,11 @@ NO_SETTING = (*ROW_KEYS, "seed", "arch", "smoke", "data_dir", "data_url", "teach
 
 def result_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, or of every result.json below a folder; each of several students has its own row."""
-    rows = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
-            [row for file in sorted(path.rglob("result.json")) if (row := read_json(file))])
+    try:
+        rows = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
+                [row for file in sorted(path.rglob("result.json")) if (row := read_json(file))])
+    except ValueError:
+        fail(f"{path}: not a .jsonl file of rows")
     return [{**row, **student} for row in rows for student in row.pop("students", None) or [{}]]
 
 
@@ -1593,7 +1619,7 @@ def summarize(runs_dir: Any) -> str:
 
 SHARED_ALIASES = {"data_root": "data_dir", "gpu": ("device", "cuda:{}"), "log_tag": "run_name",
                   "evaluate_only": "evaluate", "fewshot_n_per_class": "shots"}
-AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every")
+AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every", "ngf", "lr_tmax")
 FREE_ON_RESUME = ("device", "data_dir", "time_limit", "log_every", "save_every")
 
 
@@ -1614,6 +1640,8 @@ def convert(name: str, hint: Any, default: Any, text: str) -> Any:
         least = -math.inf if signed else 1 if name in AT_LEAST_ONE and default != 0 else 0
         if hint is not bool and isinstance(v, (int, float)) and not (math.isfinite(v) and v >= least):
             fail(f"--{name} {v}: must be {least} or more")
+        if name in ("T", "tau", "cr_T", "dkd_temperature") and not v:
+            fail(f"--{name} {v}: must be more than 0")
         if name == "seed" and v >= 2 ** 63:
             fail(f"--seed {v}: must be below 2 ** 63")
     if name in ("teacher", "student", "arch"):
@@ -1718,11 +1746,12 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
     source = Path(given.get("resume") or given.get("evaluate") or ".")
     folder = source.parent if source.name == "ckpt_last.pt" or given.get("evaluate") and not source.is_dir() else source
     config = read_json(folder / "config.json") if given.get("resume") or given.get("evaluate") else {}
+    whole = {"method", "args", "given", "derived"} <= config.keys()
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config.get("args", {}).items() if k in values}
     if given.get("resume"):
         if config.get("method", method) != method:
             fail(f"--resume {folder}: a run of {config['method']}, not of {method}; resume it with its own script")
-        if not {"method", "args", "given", "derived"} <= config.keys():
+        if not whole:
             fail(f"--resume {folder}: no run folder (no readable config.json); give the folder that a run printed")
         for name, value in given.items():
             if name not in ("resume", *FREE_ON_RESUME) and saved.get(name) != value:
@@ -1730,7 +1759,7 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
                      f"{', '.join('--' + n for n in FREE_ON_RESUME)} may change")
         values.update(saved)
         given["resume"] = str(folder)
-    elif config:
+    elif whole:  # other programs leave a config.json too
         values.update({k: v for k, v in saved.items() if k not in ("device", "evaluate", "resume")})
         teacher = config["derived"].get("teacher", {}).get("path", "")
         values.update({"teacher_ckpt": teacher} if "teacher_ckpt" in values and Path(teacher).is_file() else {})
@@ -1744,13 +1773,19 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
 def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Optional[dict] = None,
         argv: Optional[list] = None) -> None:
     """Parse, run, and turn what a user can mend into one line: exit 0 done, 1 not finite, 2 bad input, 130 Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # the tables' arrow and sign are not in every console's alphabet
     try:
         main(parse_args(cls, presets, aliases, argv))
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is whole", file=sys.stderr)
         raise SystemExit(130)
-    except torch.OutOfMemoryError as e:
-        fail(f"out of GPU memory ({str(e).split('.')[0]}); try --amp bf16 or a smaller batch")
+    except (RuntimeError, ValueError) as e:
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            fail(f"out of memory ({str(e).split('.')[0]}); try --amp bf16 or smaller batches")
+        if "more than 1 value per channel" not in str(e):
+            raise
+        fail("a batch of one image cannot pass this network's batch norm in training; choose another batch size")
     except BrokenPipeError:  # the reader of the output has gone (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
@@ -1763,8 +1798,8 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
 def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Callable] = None) -> dict:
     """Every metric of args.evaluate (a run folder or any checkpoint); Agree@1, L_p where the teacher is at hand.
 
-    For a method with layouts of its own, read(path, arch, num_classes) replaces load_teacher; where it looks at images
-    otherwise, view maps the uint8 test images to what is scored.
+    For a method with layouts of its own, read(path, arch, num_classes, image_size) replaces load_teacher; where it
+    looks at images otherwise, view maps the uint8 test images to what is scored.
     """
     path, device = Path(args.evaluate), pick_device(args.device)
     path = path / "student.pt" if path.is_dir() else path
@@ -1772,7 +1807,9 @@ def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Calla
         fail(f"{path}: no readable checkpoint; check the path")
     data = load_data(args.dataset, args.data_dir, device, data_url=args.data_url, limit_test=args.limit_test)
     own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
-    net, info = read(path, getattr(args, "arch", "") or own, data.num_classes)
+    if args.teacher_ckpt and "teacher_ckpt" in args.given and not Path(args.teacher_ckpt).is_file():
+        fail(f"{args.teacher_ckpt}: no readable checkpoint; check the path of --teacher_ckpt")
+    net, info = read(path, getattr(args, "arch", "") or own, data.num_classes, data.image_size)
     size, teacher = getattr(args, "teacher_size", 0), None
     if args.teacher and teacher_file(args, data, size)[0].is_file():
         args.allow_weak_teacher = True  # it only serves Agree@1 and L_p
@@ -1839,8 +1876,11 @@ def data_command(args: DataArgs) -> None:
           f"{data.image_size}, {data.num_classes} classes ({names})")
     if args.grid:
         rows = min(20, data.num_classes)
-        index = torch.cat([torch.nonzero(data.test_y == c)[:10, 0] for c in range(rows)])
-        image_grid(data.test_x[index], rows, Path(args.grid))
+        images = data.test_x.new_zeros(rows, 10, *data.test_x.shape[1:])  # black where a class has fewer
+        for c in range(rows):
+            part = data.test_x[data.test_y == c][:10]
+            images[c, :len(part)] = part
+        image_grid(images.flatten(0, 1), rows, Path(args.grid))
 
 
 @dataclass

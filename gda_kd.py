@@ -459,7 +459,7 @@ def make_optimizer(net: nn.Module, lr: float, momentum: float, weight_decay: flo
         return torch.optim.SGD(net.parameters(), lr, momentum, weight_decay=weight_decay)
     groups = [{"params": [p for name, p in net.named_parameters() if (p.ndim <= 1 or name.endswith(".bias")) == free],
                "weight_decay": 0.0 if free else weight_decay} for free in (True, False)]
-    return torch.optim.SGD(groups, lr, momentum, nesterov=True)
+    return torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0)
 
 
 def schedule(kind: str, epochs: int, lr: float, min_lr: float = 0.0, warmup: int = 0, warmup_lr: float = 0.0) -> dict:
@@ -817,8 +817,8 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     args.student, args.teacher = (BOTTLE.get(n, n) for n in (args.student, args.teacher))
     for trouble, message in (
             (args.dataset != args.fs_data, "takes its data from --fs_data, not from --dataset"),
-            (not args.fs_shots or min(*args.fs_shots, args.way, args.query, args.virtual_gpus, args.meta_epochs) < 1 or
-             args.episodes < 8, "needs 8 --episodes, and fs_shots, way, query, virtual_gpus, meta_epochs of 1 or more"),
+            (not args.fs_shots or min(*args.fs_shots, args.way - 1, args.query, args.virtual_gpus, args.meta_epochs) < 1
+             or args.episodes < 8, "needs 8 --episodes, 2 ways, fs_shots, query, virtual_gpus, meta_epochs of 1 or more"),
             (args.select != "last", "reports both selections by itself; --select best_test is for --task classify"),
             (int(os.environ.get("WORLD_SIZE", 1)) > 1, "runs in one process; its groups are --virtual_gpus"),
             (args.stage == "test" and not args.student_ckpt, "--stage test scores a file: --student_ckpt FILE"),
@@ -870,7 +870,7 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
         if stage == "classifier":
             parts = batches(n, min(args.batch_size, n), run.generator, drop_last=True)
         else:
-            rng, per_class = np.random.RandomState(e + 1 + 10_000 * args.seed), args.fs_shots[0] + args.query
+            rng, per_class = np.random.RandomState((e + 1 + 10_000 * args.seed) % 2**32), args.fs_shots[0] + args.query
             drawn = draw_episodes(data.train_y.cpu().numpy(), steps[stage], args.way, per_class, PER_STEP, rng)
             parts = torch.from_numpy(drawn).to(run.device)
         if stage == "meta" and e == 0:
@@ -938,7 +938,7 @@ def main(args: Args) -> dict:
     if args.task == "fewshot":
         return fewshot(args)
     for flag in ("teacher", "student"):
-        if getattr(args, flag).endswith(("_bottle", "_thin")):
+        if getattr(args, flag).endswith(("_bottle", "_thin")) and ".py:" not in getattr(args, flag):
             fail(f"--{flag} {getattr(args, flag)} is a backbone of --task fewshot; choose another network")
     if not args.evaluate:
         return classify(args)

@@ -57,6 +57,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import (
     PADDING, Data, ResBlock, ResNet, Run, VGGBlocks, WideBlock, WideResNet, accuracy, agreement, autocast, batches,
@@ -401,15 +402,13 @@ def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, dict[str, An
     source, drawn = args.fewshot_file or args.fewshot_dir, None
     if args.fewshot_dir and args.fewshot_file:
         fail("--fewshot_dir and --fewshot_file both bring the images; give one of them")
-    if args.fewshot_file:
-        x = np.asarray(safe_unpickle(source))
-    elif args.fewshot_dir:
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-        paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if source:
         try:
-            x = read_images(paths, data.image_size).transpose(0, 3, 1, 2) if paths else np.zeros(0)
+            paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            x = (np.asarray(safe_unpickle(source)) if args.fewshot_file else read_images(
+                paths or fail(f"{source} holds no images; give 2 or more"), data.image_size).transpose(0, 3, 1, 2))
         except ValueError as e:
-            fail(str(e))
+            fail(f"{source}: {e}")
     else:
         seed = args.fewshot_seed if args.fewshot_seed >= 0 else 6 if data.num_classes <= 10 else 10
         x, _, drawn = data.few_shot(args.shots, "netgraft", seed)
@@ -421,11 +420,11 @@ def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, dict[str, An
     return x.to(data.device), int(shots) if shots.is_integer() else shots, facts
 
 
-def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes: int) -> tuple[nn.Module, dict]:
+def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes: int, size: int) -> tuple:
     """load_teacher, and files with an unfolded VGG scion: ours of --no-fold, the official one (without the prefix)."""
     state = read_checkpoint(path)
     if not is_state_dict(state) or not {"0.1.weight", "scion.0.1.weight"} & state.keys():
-        return load_teacher(path, arch, num_classes)
+        return load_teacher(path, arch, num_classes, size)
     teacher, student = (build_model(name, num_classes) for name in PAIR)
     if "0.1.weight" in state:
         if not teacher_ckpt:

@@ -59,7 +59,8 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
-    evaluate_file, fail, get_teacher, load_data, lr_at, predict, quantize, read_checkpoint, write_atomic)
+    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, quantize, read_checkpoint,
+    write_atomic)
 
 
 @dataclass
@@ -325,8 +326,8 @@ def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[d
         taps["feat"].append(wide(h).mean((2, 3)))  # (B, C_l)
 
     kind = {"all_conv": nn.Conv2d, "bn_hooks": nn.BatchNorm2d, "none": ()}[source]
-    hooks = [m.register_forward_pre_hook(hook) for hook, wanted in ((statistics, nn.BatchNorm2d), (features, kind))
-             for m in teacher.modules() if isinstance(m, wanted)]
+    hooks = [m.register_forward_pre_hook(hook) for hook, wanted in ((statistics, has_statistics), (
+        features, lambda m: isinstance(m, kind))) for m in teacher.modules() if wanted(m)]
     try:
         yield taps
     finally:
@@ -334,11 +335,21 @@ def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[d
             hook.remove()
 
 
+@torch.no_grad()
+def bn_order(teacher: nn.Module, x: Tensor) -> list[nn.Module]:
+    """The batch norms with running statistics that a pass meets, in that order."""
+    met: list = []
+    hooks = [m.register_forward_pre_hook(lambda m, _: met.append(m)) for m in teacher.modules() if has_statistics(m)]
+    teacher(x)
+    for hook in hooks:
+        hook.remove()
+    return met
+
+
 class BNStatistics:
     """The teacher's running means and variances (2, all channels), and the running average A_l of eq. (3)."""
 
-    def __init__(self, teacher: nn.Module):
-        layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    def __init__(self, layers: list[nn.Module]):
         self.sizes, pairs = [m.num_features for m in layers], [(m.running_mean, m.running_var) for m in layers]
         self.running = torch.cat([torch.stack(pair) for pair in pairs], 1) if layers else torch.zeros(2, 0)
         self.average: Optional[Tensor] = None
@@ -545,6 +556,8 @@ def see_shots(teacher: nn.Module, x: Tensor, y: Tensor, num_classes: int, source
     with tapped(teacher, source) as taps:
         for part in x.split(250):
             logits.append(teacher(part))
+            if not taps["feat"]:
+                fail(f"the teacher has no layer for --teacher_feature_source {source}, choose the other one")
             feats.append(torch.cat(taps["feat"], 1))
             taps["feat"].clear()
     return Shots(torch.cat(feats), torch.cat(logits), y, num_classes)
@@ -579,8 +592,10 @@ def main(args: Args) -> dict:
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
+    x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else
+                             (data.test_x[:0], data.test_y[:0], np.zeros(0)))
     teacher, info = get_teacher(args, data)
-    statistics = BNStatistics(teacher)
+    statistics = BNStatistics(bn_order(teacher, data.normalize(data.test_x[:2])))
     if args.synthesis_batch_size and args.bn and not statistics.sizes:
         fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
     student = build_model(args.student, data.num_classes, data.image_size,
@@ -589,8 +604,6 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     generator = Generator(ngf=args.ngf, size=data.image_size).to(run.device, memory_format=torch.channels_last)
     meta = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
-    x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else
-                             (data.test_x[:0], data.test_y[:0], np.zeros(0)))
     v_real = data.normalize(x_real)
     shots = see_shots(teacher, v_real, y_real, data.num_classes, args.teacher_feature_source) if args.shots else None
     t_real = predict(teacher, data, x_real) if args.shots else v_real.new_zeros(0, data.num_classes)

@@ -244,7 +244,8 @@ def bench_pgdi() -> list[dict]:
     # ---- ours
     t_net, s_net, g_net = nets(torch.channels_last)
     t_net.requires_grad_(False)
-    shots, statistics = pgdi.see_shots(t_net, v_real, y, classes, "all_conv"), pgdi.BNStatistics(t_net)
+    shots = pgdi.see_shots(t_net, v_real, y, classes, "all_conv")
+    statistics = pgdi.BNStatistics(pgdi.bn_order(t_net, v_real[:2]))
     meta = torch.optim.Adam(g_net.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
     t_real = torch.cat([t_net(part) for part in v_real.split(100)])
 

@@ -213,9 +213,9 @@ def test_golden_bn_term():
     bn = nn.BatchNorm2d(x.shape[1]).eval()
     bn.running_mean.copy_(tensor("bn/running_mean"))
     bn.running_var.copy_(tensor("bn/running_var"))
-    with adadfkd.tapped(adadfkd.bn_layers(bn), common.ChannelStatistics.apply) as taps:
+    with adadfkd.tapped(adadfkd.bn_layers(bn), adadfkd.bn_distance) as taps:
         bn(x)
-    loss = adadfkd.bn_loss(taps, bn)
+    loss = torch.stack(taps).sum()
     near(loss, arr("bn/r_feature"))
     close(torch.autograd.grad(loss, x)[0], arr("bn/grad_x"), 1e-4)
     assert not bn._forward_pre_hooks
@@ -870,11 +870,7 @@ def test_bad_values_end_with_one_line(folder, flags, word, capsys):
 def test_teacher_without_batch_norm_is_named(capsys):
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     for flags, word in ((["--preset", "none"], "--bn 0"), (["--preset", "cmi", "--bn", "0"], "choose another")):
-        args = parse(*flags)
-        args.depth, args.synthesis_batch_size = 2, 16
         with pytest.raises(SystemExit):
-            adadfkd.check(args, 32, net)
+            adadfkd.check_teacher(parse(*flags), net)
         assert word in capsys.readouterr().err
-    args = parse("--preset", "none", "--bn", "0")
-    args.depth, args.synthesis_batch_size = 2, 16
-    adadfkd.check(args, 32, net)
+    adadfkd.check_teacher(parse("--preset", "none", "--bn", "0"), net)

@@ -31,7 +31,7 @@ X, Y = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3), np.uint8), np.a
 OWN = "--dataset own --device cpu --run_name new"
 BASE = {"toy": f"{OWN} --teacher resnet8 --student resnet8 --teacher_ckpt t.pt --allow_weak_teacher --shots 2 "
                "--epochs 2 --batch_size 8 --save_every 1", "train": f"{OWN} --arch resnet8 --epochs 1",
-        "resume": "--resume runs/r", "eval": "--device cpu", "data": ""}
+        "resume": "--resume runs/r", "eval": "--device cpu", "data": "", "summarize": ""}
 SCRIPTS = {m.__name__: m for m in (pgdi, netgraft, akd_gan, adadfkd, gda_kd)}
 BASE.update({name: BASE["toy"] if name == "pgdi" else BASE["toy"].replace("--shots 2 ", "") for name in SCRIPTS})
 BASE["pgdi"] += " --warmup 0"
@@ -119,6 +119,18 @@ BAD = {  # what is bad: (command, flags, what the one line must say, steps that 
     "teacher missing": ("toy", "--teacher_ckpt no.pt", r"no\.pt: no .*checkpoint"),
     "teacher a folder": ("toy", "--teacher_ckpt own", r"own: .*checkpoint.*directory"),
     "teacher cut": ("toy", "", r"t\.pt: damaged.*again", alter("t.pt", half)),
+    "norm of dots": ("toy", "--norm 1.2.3", r"--norm 1\.2\.3: .*six numbers"),
+    "temperature 0": ("toy", "--T 0", r"--T 0\.0: must be more than 0"),
+    "teacher_ckpt missing, eval": ("toy", "--evaluate t.pt --teacher_ckpt no.pt", r"no\.pt: no readable checkpoint"),
+    "own net, tuple in training": ("train", "--arch net.py:f", r"net\.py:f fails.*mend it", put({
+        "net.py": "import torch.nn as nn\nclass N(nn.Linear):\n    def forward(self, x):\n"
+                  "        y = super().forward(x.flatten(1))\n        return (y, y) if self.training else y\n"
+                  "def f(num_classes): return N(3072, num_classes)"})),
+    "batch of one": ("train", "--arch net.py:f --batch_size 1", r"batch of one image.*another batch size", net(
+        "nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes), nn.BatchNorm1d(num_classes))")),
+    "metrics gone": ("resume", "", r"metrics\.jsonl is shorter.*right file", put({"runs/r/metrics.jsonl": None})),
+    "config a list": ("resume", "", r"no readable config\.json", put({"runs/r/config.json": "[]"})),
+    "rows of text": ("summarize", "--runs notes.txt", r"notes\.txt: not a \.jsonl", put({"notes.txt": "hello"})),
     "teacher empty": ("toy", "", r"t\.pt: damaged.*again", put({"t.pt": ""})),
     "teacher noise": ("toy", "", r"t\.pt: damaged or not a checkpoint(?!.*weights_only).*again", put({"t.pt": NOISE})),
     "teacher of 7 classes": ("toy", "", r"t\.pt: .*resnet8 with 7 classes, the data set has 4", weights(classes=7)),

@@ -660,7 +660,7 @@ def test_images_of_ones_own(run, world, tmp_path, capsys):
     Path("pics/0/bad.png").write_bytes(b"no image")
     Path("empty").mkdir()
     Path("flat.pkl").write_bytes(pickle.dumps(np.zeros((4, 3072), np.uint8)))
-    for name, flags, words in (("a", "--fewshot_dir pics", "bad.png"), ("b", "--fewshot_dir empty", "2 or more"),
+    for name, flags, words in (("a", "--fewshot_dir pics", "bad.png"), ("b", "--fewshot_dir empty", "no images"),
                                ("c", "--fewshot_file flat.pkl", "(4, 3072)"), ("d", "--shots 21", "--shots 21"),
                                ("e", "--fewshot_dir pics --fewshot_file shots.pkl", "one of them")):
         assert run("--run_name", name, *flags.split()) == 2 and words in capsys.readouterr().err, flags

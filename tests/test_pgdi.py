@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+import adadfkd
+import akd_gan
 import common
 import kill
 import pgdi
@@ -34,6 +36,10 @@ READ = (r"config", r"kldiv/(s|t|T|batchmean|sum|rows|grad_s)", r"adv/(s|t|mask|l
         r"synth/(config|columns|fewshot_seed|z_seed0|target_seed0|feature_term_changes_generator)",
         r"kd/(config|x_seed0|fewshot_seed|np_seed|real_indices|loss_total|loss_synth_real|state_sum_abssum|state_keys)",
         r"kd/(fc_weight|bn1_running_(mean|var)|loss_(total|synth_real)_float32)")
+
+
+def bn_statistics(teacher):
+    return pgdi.BNStatistics(pgdi.bn_order(teacher, torch.zeros(2, 3, 32, 32)))
 
 
 def arr(key):
@@ -118,7 +124,7 @@ def test_golden_bn_term(kind):
     bn = nn.BatchNorm2d(arr("bnhook/x").shape[2]).eval()
     bn.running_mean.copy_(tensor("bnhook/running_mean"))
     bn.running_var.copy_(tensor("bnhook/running_var"))
-    statistics, mmt = pgdi.BNStatistics(bn), CONFIG["bnhook"]["momentum"] if kind == "mmt" else 0.0
+    statistics, mmt = pgdi.BNStatistics([bn]), CONFIG["bnhook"]["momentum"] if kind == "mmt" else 0.0
     values = []
     for x in tensor("bnhook/x"):
         x.requires_grad_()
@@ -305,7 +311,7 @@ def synthesis(feature_grad, dtype=torch.float64, calls=None):
     x = rn(arr("synth/fewshot_seed"), (c["num_classes"] * c["shots"], 3, c["size"], c["size"])).to(dtype)
     y = torch.arange(c["num_classes"]).repeat_interleave(c["shots"])
     shots = pgdi.see_shots(teacher, x, y, c["num_classes"], c["feature_source"])
-    statistics, out = pgdi.BNStatistics(teacher), {"losses": [], "sums": [], "best": []}
+    statistics, out = pgdi.BNStatistics(pgdi.bn_order(teacher, x[:2])), {"losses": [], "sums": [], "best": []}
     before = {k: v.clone() for k, v in [*teacher.state_dict().items(), *nets["student"].state_dict().items()]}
     for j in range(calls or c["calls"]):
         z = rn(int(arr("synth/z_seed0")) + j, (c["batch"], c["nz"])).to(dtype)
@@ -501,7 +507,7 @@ def test_kept_image_is_the_one_of_the_lowest_loss(monkeypatch):
     g = pgdi.Generator(ngf=8)
     view = (lambda x: (seen.append(x.detach().clone()), data.normalize(x))[1])
     best, terms = pgdi.synthesize(g, torch.optim.Adam(g.parameters()), teacher, common.build_model("resnet8", 10),
-                                  torch.randn(4, 256), torch.arange(4), view, pgdi.BNStatistics(teacher), None, 1, args)
+                                  torch.randn(4, 256), torch.arange(4), view, bn_statistics(teacher), None, 1, args)
     assert torch.equal(best, seen[1]) and terms[:, 0].tolist() == [3.0, 1.0, 2.0]
 
 
@@ -512,7 +518,7 @@ def test_no_host_sync_in_a_step():
     student, g = common.build_model("resnet8", 10), pgdi.Generator(ngf=8)
     v, y = torch.randn(20, 3, 32, 32), torch.arange(10).repeat_interleave(2)
     shots, pool = pgdi.see_shots(teacher, v, y, 10, "all_conv"), pgdi.Pool(16, 32, dev)
-    meta, statistics = torch.optim.Adam(g.parameters()), pgdi.BNStatistics(teacher)
+    meta, statistics = torch.optim.Adam(g.parameters()), bn_statistics(teacher)
     view = partial(data.random_view, generator=gen)
     sgd = torch.optim.SGD(student.parameters(), 0.1, 0.9)
 
@@ -696,3 +702,36 @@ def test_teacher_without_batch_norm_is_named(folder, capsys):
         run(folder, *flags, "--run_name", "plain")
     assert "--bn 0" in capsys.readouterr().err
     assert run(folder, *flags, "--bn", "0", "--run_name", "plain0")["synthetic_images"] == 32
+
+
+class Skew(nn.Module):
+    """Registers its batch norms in another order than it runs them, and one that it never runs."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.late, self.unused, self.early = nn.BatchNorm2d(8), nn.BatchNorm2d(5), nn.BatchNorm2d(3)
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.late(self.conv(self.early(x))).mean((2, 3)))
+
+
+def test_statistics_are_compared_with_those_of_their_own_layer():
+    """Of a teacher that has seen one batch only, eq. (2) is 0 on that batch, in all files."""
+    teacher, x = Skew(), 2 + 3 * torch.randn(64, 3, 8, 8)
+    for m in (teacher.early, teacher.late):
+        m.momentum = 1.0
+    teacher(x)
+    for m in (teacher.early, teacher.late):
+        m.running_var *= 1 - 1 / (64 * (64 if m is teacher.early else 36))  # biased
+    teacher.eval()
+    statistics = pgdi.BNStatistics(pgdi.bn_order(teacher, x[:2]))
+    with pgdi.tapped(teacher, "none") as taps:
+        teacher(x)
+    assert pgdi.bn_loss(torch.cat(taps["bn"], 1), statistics.running, statistics.sizes) < 1e-3
+    with adadfkd.tapped(adadfkd.bn_layers(teacher), adadfkd.bn_distance) as taps:
+        teacher(x)
+    assert len(taps) == 2 and sum(taps) < 1e-3
+    with akd_gan.bn_distances(teacher) as taps:
+        teacher(x)
+    assert len(taps) == 2 and sum(taps) < 1e-3
