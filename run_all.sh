@@ -97,7 +97,7 @@ laptop() {
       --teacher_ckpt "runs/laptop/gda_kd_vanilla__s$seed/student.pt"
     row laptop gda_kd_weak_alone "$seed" gda_kd.py --distiller vanilla $real $labels --student resnet20 "$@"
     row laptop gda_kd_fewshot "$seed" gda_kd.py --task fewshot --fs_data cifarfs --teacher resnet18_thin \
-      --student resnet12_thin --epochs 6 --meta_epochs 3 --amp bf16 "$@" --teacher_ckpt ""
+      --student resnet12_thin --epochs 3 --meta_epochs 2 --amp bf16 "$@" --teacher_ckpt ""
   done
   python common.py summarize runs/laptop
 }
