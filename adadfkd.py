@@ -724,7 +724,7 @@ def cmi_images(generator: Generator, z: Tensor, targets: Tensor, teacher: nn.Mod
 
 def check(args: Args, size: int) -> None:
     depth = 2 if args.synthesis == "cmi" else args.depth
-    zero = [n for n in ("g_steps", "T", "tau", "cr_T", "ngf", "pool_size", "bank_size") if not getattr(args, n)]
+    zero = [n for n in ("g_steps", "pool_size", "bank_size") if not getattr(args, n)]
     for bad, message in (
             (zero, f"--{' --'.join(zero)} 0: must be more than 0"),
             (not 1 <= args.kd_steps <= args.ep_steps, f"--kd_steps {args.kd_steps}: give 1 to ep_steps "

@@ -360,7 +360,7 @@ def sample(args: Args) -> dict:
 
 def check(args: Args, data: Data) -> None:
     students = [short_name(arch) for arch in args.student.split(",")]
-    small = next((name for name in ("kd_steps", "epoch_itrs", "nz", "ngf", "T") if not getattr(args, name) > 0), "")
+    small = next((name for name in ("kd_steps", "epoch_itrs", "nz") if not getattr(args, name) > 0), "")
     for bad, message in (
             (len(set(students)) < len(students), f"--student {args.student}: one network twice; start two runs"),
             (small, f"--{small}: must be more than 0"),

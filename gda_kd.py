@@ -817,8 +817,8 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     args.student, args.teacher = (BOTTLE.get(n, n) for n in (args.student, args.teacher))
     for trouble, message in (
             (args.dataset != args.fs_data, "takes its data from --fs_data, not from --dataset"),
-            (not args.fs_shots or min(*args.fs_shots, args.way - 1, args.query, args.virtual_gpus, args.meta_epochs) < 1
-             or args.episodes < 8, "needs 8 --episodes, way 2, fs_shots, query, virtual_gpus, meta_epochs 1 or more"),
+            (min(*args.fs_shots or [0], args.way - 1, args.query, args.virtual_gpus, args.meta_epochs) < 1 or
+             args.episodes < 8, "needs 8 --episodes, way 2, fs_shots, query, virtual_gpus, meta_epochs of 1 or more"),
             (args.select != "last", "reports both selections by itself; --select best_test is for --task classify"),
             (int(os.environ.get("WORLD_SIZE", 1)) > 1, "runs in one process; its groups are --virtual_gpus"),
             (args.stage == "test" and not args.student_ckpt, "--stage test scores a file: --student_ckpt FILE"),

@@ -534,6 +534,8 @@ def kd_step(student: Callable, optimizer: torch.optim.Optimizer, x: Tensor, t_lo
 # -------------------------------------------------------------------------------------------------------------- main
 
 def check(args: Args) -> None:
+    if args.export_pool:
+        fail("--export_pool: give --evaluate RUN_FOLDER too")
     if not 1 <= args.kd_steps <= args.ep_steps:
         fail(f"--kd_steps {args.kd_steps}: give 1 to ep_steps ({args.ep_steps}): ep_steps // kd_steps rounds per epoch")
     if args.warmup >= args.epochs:
@@ -543,8 +545,6 @@ def check(args: Args) -> None:
         fail("--shots 0: the priors and the real batches need shots; --preset fast works without any")
     if not args.synthesis_batch_size and not min(n_real):
         fail("--synthesis_batch_size 0: nothing to learn from without real images; give both real_fewshot counts")
-    if args.export_pool:
-        fail("--export_pool: give --evaluate RUN_FOLDER too")
     if args.synthesis_batch_size and not args.g_steps:
         fail("--g_steps 0: synthesis needs one step or more")
 

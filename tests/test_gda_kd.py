@@ -1112,7 +1112,7 @@ BAD = {
     "query too large": ("--task fewshot --smoke --query 30", r"--query 30.*images or more"),
     "no shots": ("--task fewshot --smoke --fs_shots 0", r"fs_shots.* 1 or more"),
     "too few episodes": ("--task fewshot --smoke --episodes 4", r"needs 8 --episodes"),
-    "no meta epochs": ("--task fewshot --smoke --meta_epochs 0", r"meta_epochs 1 or more"),
+    "no meta epochs": ("--task fewshot --smoke --meta_epochs 0", r"meta_epochs of 1 or more"),
     "file of another net": ("--task fewshot --smoke --stage test --student_ckpt t.pt",
                             r"t\.pt: does not fit the few-shot network.*--student"),
     "file of nothing": ("--task fewshot --smoke --stage test --student_ckpt no.pt", r"no\.pt: no .*checkpoint"),
