@@ -57,6 +57,7 @@ import itertools
 import random
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterator, Literal, Optional
 
 import torch
@@ -66,7 +67,7 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs,
-    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, quantize)
+    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, published_row, quantize)
 
 
 @dataclass
@@ -153,7 +154,8 @@ FIELDS = ("batch_size", "epochs", "T", "loss", "adv", "grad_adv", "begin_fractio
           "length", "s_nce", "N_neg", "kd_steps", "curr_level")
 SMALL = dict(batch_size=64, epochs=40, T=20.0, loss="kl", lr=0.03, lr_g=2e-3, ngf=32)  # pairs without a row (D3)
 TABLE = dict(lr=0.1, lr_g=1e-3, ngf=64, curr_option="curr_log")
-ROWS = {cell: TABLE | dict(zip(FIELDS, values)) for cell, values in zip([*CELLS, TINY], (
+ROWS = {cell: {**TABLE, "adv_type": "kl", "balance": 0.0, **dict(zip(FIELDS, values))} for cell, values in zip(
+    [*CELLS, TINY], (
     (768, 250, 20.0, "kl", 1.0, 0.0, 0.2, 0.75, 2.3, 0.85, 0.2, 6144, 10, "batch"),
     (1024, 300, 20.0, "kl", 1.0, 0.0, 0.25, 0.75, 2.3, 1.0, 0.2, 6144, 10, "sample"),
     (1024, 250, 20.0, "kl", 1.0, 0.0, 0.25, 0.75, 1.3, 1.0, 0.2, 6144, 10, "sample"),
@@ -196,6 +198,7 @@ CMI = NO_RELATION | dict(synthesis="cmi", nz=256, adv=0.5, adv_type="agree", lmd
 RELATION = dict(curr_option="none", s_nce=0.1, length=0.9, N_neg=1024)
 PRESETS = {
     "auto": {"*": SMALL | RELATION | dict(adv=1.0, adv_type="kd", balance=20.0), **ROWS},
+    "script": {"*": dict(curr_level="batch"), **ROWS},  # what the published scripts run where they pass nothing
     "cudfkd": {"*": SMALL | NO_RELATION, **cudfkd_rows()},
     "cudfkd_memory": {"*": SMALL | NO_RELATION | dict(memory=True), **cudfkd_rows(memory=True)},
     "dafl": {"*": SMALL | DAFL, **rows(**KL1)},
@@ -212,8 +215,9 @@ PRESETS = {
                         N_neg=64, allow_weak_teacher=True)}}
 IGNORED = ("lr_decay_milestones", "warmup", "no_feature", "only_feature", "l1", "L", "mu", "neg", "mode", "debug",
            "pretrained", "log_y_kl", "start_epoch", "workers", "log_fidelity")  # without effect, or always on
-ALIASES = {"method": {name: ("preset", name) for name in PRESETS} | {"adadfkd": None}, "wd": "weight_decay",
-           "save_dir": "out_dir", "save_freq": "save_every", "print_freq": "log_every", "nt2_mode": {"none": None},
+ALIASES = {"method": {"adadfkd": ("preset", "script"), **{name: ("preset", name) for name in PRESETS}},
+           "wd": "weight_decay", "save_dir": "out_dir", "save_freq": "save_every", "print_freq": "log_every",
+           "nt2_mode": {"none": None},
            **dict.fromkeys(IGNORED)}
 PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
     (preset, *cell, None): (top1, "best test epoch, best of many runs") for preset, column in {
@@ -322,7 +326,9 @@ def adv_loss(s_logits: Tensor, t_logits: Tensor, kind: str, loss: str = "kl", T:
         return (1 if kind == "js" else 0) - js_divergence(s_logits, t_logits)
     if kind == "agree":
         return -((s_logits.argmax(1) == t_logits.argmax(1)) * kd_rows(s_logits, t_logits, "kl", 1.0)).mean()
-    return -(kd_rows(s_logits, t_logits, *(("kl", 3.0) if kind == "kl" else (loss, T)))).mean()
+    if kind == "kl":
+        loss, T = "kl", 3.0
+    return -kd_rows(s_logits, t_logits, loss, T).mean()
 
 
 def entropy(t_logits: Tensor, T: float) -> Tensor:
@@ -465,7 +471,7 @@ class Pool:
         self.made += len(images)
 
     def state_dict(self) -> dict:
-        return {"x": self.x, "made": self.made}
+        return {"x": self.x.clone(), "made": self.made}  # a view would take its whole storage into the file
 
     def load_state_dict(self, state: dict) -> None:
         self.storage[:len(state["x"])], self.made = state["x"], state["made"]
@@ -602,8 +608,12 @@ def see(v: Tensor, targets: Tensor, teacher: nn.Module, student: nn.Module, laye
             tapped(layers, statistic) as taps:
         t_logits = teacher(v).float()
         s_logits = student(v).float() if args.adv else None
-    loss = args.bn * (torch.stack(bn).sum() if bn else 0.0) + args.oh * F.cross_entropy(t_logits, targets)  # eq. (4)
-    return loss + (args.adv * adv_loss(s_logits, t_logits, args.adv_type) if args.adv else 0.0), taps
+    loss = args.oh * F.cross_entropy(t_logits, targets)
+    if bn:
+        loss = loss + args.bn * torch.stack(bn).sum()  # eq. (4)
+    if args.adv:
+        loss = loss + args.adv * adv_loss(s_logits, t_logits, args.adv_type)  # eq. (5)
+    return loss, taps
 
 
 def adi_images(x: Tensor, targets: Tensor, teacher: nn.Module, student: nn.Module, jitter: Callable, data: Data,
@@ -631,7 +641,7 @@ class Contrast(nn.Module):
     def __init__(self, dim: int, capacity: int, width: int = 256):
         super().__init__()
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, width))
-        self.register_buffer("bank", torch.zeros(capacity, 2, dim))
+        self.register_buffer("bank", torch.zeros(capacity, 2, dim), persistent=False)
         self.made = 0
 
     def add(self, local: Tensor, whole: Tensor) -> None:
@@ -647,11 +657,11 @@ class Contrast(nn.Module):
     def forward(self, feats: Tensor) -> Tensor:
         return F.normalize(self.head(feats))
 
-    def get_extra_state(self) -> int:
-        return self.made
+    def get_extra_state(self) -> dict:  # the part of the bank that is filled
+        return {"made": self.made, "bank": self.bank[:self.made].clone()}
 
-    def set_extra_state(self, state: int) -> None:
-        self.made = state
+    def set_extra_state(self, state: dict) -> None:
+        self.made, self.bank[:len(state["bank"])] = state["made"], state["bank"]
 
 
 def contrast_loss(local: Tensor, whole: Tensor, kept: Tensor, contrast: Contrast, T: float) -> Tensor:
@@ -722,22 +732,23 @@ def cmi_images(generator: Generator, z: Tensor, targets: Tensor, teacher: nn.Mod
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def check(args: Args, size: int) -> None:
-    depth = 2 if args.synthesis == "cmi" else args.depth
-    zero = [n for n in ("g_steps", "pool_size", "bank_size") if not getattr(args, n)]
-    for bad, message in (
-            (zero, f"--{' --'.join(zero)} 0: must be more than 0"),
-            (not 1 <= args.kd_steps <= args.ep_steps, f"--kd_steps {args.kd_steps}: give 1 to ep_steps "
-             f"({args.ep_steps}): there are ep_steps // kd_steps rounds per epoch"),
-            (not args.begin_fraction <= args.end_fraction <= 1, f"--begin_fraction {args.begin_fraction}, "
-             f"--end_fraction {args.end_fraction}: give begin_fraction <= end_fraction <= 1"),
-            (not 0 < args.length <= 1, f"--length {args.length}: a share of the queue, more than 0 and at most 1"),
-            (args.curr_option == "curr_soft" and not args.lambda_0, "--lambda_0 0: curr_soft divides by it; give more"),
-            (size % 2 ** depth or size >> depth < 2, f"--depth {depth}: {size} pixels cannot be halved so often"),
-            (args.synthesis == "generator" and args.hard and args.synthesis_batch_size > args.N_neg, f"--N_neg "
-             f"{args.N_neg}: the queue must hold a batch of {args.synthesis_batch_size}; give more, or --hard 0")):
-        if bad:
-            fail(message)
+def check(args: Args) -> None:
+    made, game = args.synthesis_batch_size, args.synthesis == "generator"
+    if not args.g_steps:
+        fail("--g_steps 0: the images need one step or more")
+    if args.kd_steps > args.ep_steps:
+        fail(f"--kd_steps {args.kd_steps}: give 1 to ep_steps ({args.ep_steps}): ep_steps // kd_steps rounds per epoch")
+    if not args.begin_fraction <= args.end_fraction <= 1:
+        fail(f"--begin_fraction {args.begin_fraction}, --end_fraction {args.end_fraction}: give begin_fraction <= "
+             "end_fraction <= 1")
+    if not 0 < args.length <= 1:
+        fail(f"--length {args.length}: a share of the queue, more than 0 and at most 1")
+    if args.curr_option == "curr_soft" and not args.lambda_0:
+        fail("--lambda_0 0: curr_soft divides by it; give more")
+    if game and args.hard and made > args.N_neg:
+        fail(f"--N_neg {args.N_neg}: the queue must hold a batch of {made}; give more, or --hard 0")
+    if (args.memory or not game) and made > args.pool_size or args.synthesis == "cmi" and made > args.bank_size:
+        fail(f"--pool_size {args.pool_size}, --bank_size {args.bank_size}: they must hold a batch of {made}; give more")
 
 
 def check_teacher(args: Args, teacher: nn.Module) -> None:
@@ -776,17 +787,19 @@ def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_file(args)
     args.synthesis_batch_size = args.synthesis_batch_size or args.batch_size
+    check(args)
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
     args.nz, args.depth = args.nz or 16 * data.image_size, args.depth or (3 if data.image_size >= 64 else 2)
-    check(args, data.image_size)
-    teacher, info = get_teacher(args, data)
-    check_teacher(args, teacher)
+    if args.synthesis == "generator" and (data.image_size % 2 ** args.depth or data.image_size >> args.depth < 2):
+        fail(f"--depth {args.depth}: {data.image_size} pixels cannot be halved so often")
     student = build_model(args.student, data.num_classes, data.image_size)
     student.to(run.device, memory_format=torch.channels_last)
+    dim_s = feature_dim(student, args.student, data)
+    teacher, info = get_teacher(args, data, check=partial(check_teacher, args))
+    dim_t = feature_dim(teacher, args.teacher, data)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    dim_t, dim_s = feature_dim(teacher, args.teacher, data), feature_dim(student, args.student, data)
     project, frozen = Projection(dim_s, dim_t, args.proj, run.generator), nn.Module()
     frozen.register_buffer("steps", torch.zeros((), device=run.device))  # student steps in a row with v under 1e-3
     if dim_s != dim_t and (args.hard or args.s_nce):
@@ -865,15 +878,7 @@ def main(args: Args) -> dict:
                         print("warning: v was under 0.001 for 200 steps, the student is frozen; try --curr_level "
                               "sample, a larger --lambda_0 or --curr_option none", flush=True)
                 step += 1
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-        terms = dict(run.last_logged)
-        if due:
-            s_logits = predict(student, data)
-            scores = accuracy(s_logits, data.test_y) | agreement(s_logits, data.t_logits)
-            run.log(step, epoch, **{f"made/{c}": n for c, n in enumerate(made)},
-                    **{k: scores[k] for k in ("agree1", "L_p", "L_p_sqrt")})
-            run.last_logged = terms  # what the line of the epoch shows
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+        if run.due(epoch, args.save_every):
             with torch.no_grad():
                 if generator is not None:  # of the same z every time
                     z = torch.randn(200, args.nz, device=run.device,
@@ -883,15 +888,21 @@ def main(args: Args) -> dict:
             run.grid(f"ep{epoch + 1:03d}", *class_grid(quantize(images), t_logits.argmax(1)))
             if generator is not None and args.hard:
                 run.grid(f"ring{epoch + 1:03d}", *ring_grid(quantize(images), t_feats[-1], queue, window))
-        if not run.end_epoch(epoch, student, scores["top1"] if due else None):
-            break
+        top1 = None
+        if run.due(epoch, args.eval_every):
+            s_logits, terms = predict(student, data), run.last_logged
+            top1 = accuracy(s_logits, data.test_y)["top1"]
+            run.log(step, epoch, **{f"made/{c}": n for c, n in enumerate(made)}, **agreement(s_logits, data.t_logits))
+            run.last_logged = terms  # what the line of the epoch shows
+        if not run.end_epoch(epoch, student, top1):
+            return run.finish({})
     s_logits = predict(student, data)
     per_round = size * (args.g_steps if generator else 1) + (0 if pool else args.kd_steps * args.batch_size)
-    paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, None))
+    preset = "auto" if args.preset == "script" else args.preset
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": 0,
                        "synthetic_images": args.epochs * rounds * per_round,
-                       "paper": paper and dict(zip(("top1", "protocol"), paper))})
+                       "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, args.student, None)})
 
 
 if __name__ == "__main__":

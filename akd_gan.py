@@ -20,7 +20,7 @@ Each epoch, for one student after the other (official: all against one G and its
                m_l, v_l: mean and biased variance of the layer's input over the batch                             (7)
        L_oh  = CE(t, argmax t)                       mean over batch                                              (8)
        L_bal = sum_c p_c log p_c                     p = mean over the batch of softmax(t)                        (9)
-G is always in train mode (batch statistics), T never, S is, in step 2 too (--student_eval_in_g: not there).
+G is in train mode (batch statistics) and T in eval mode always, S in train mode; --student_eval_in_g: eval in step 2.
 
 Symbols  T -> teacher (T in eq. (3): args.T), S -> student, G -> generator, s, t -> s_logits, t_logits,
          (M_l, V_l), (m_l, v_l) -> running_mean, running_var, mean, var
@@ -32,7 +32,7 @@ Deviations from the published code
   D1 its README says KL, its code is eq. (2); --loss kl and --div are functions that it has and never calls
   D2 it scores a part of the test images and drops the last batch, best epoch; here all images, last epoch, the best
      beside it. --test_split 0.2,0.1 adds its way of scoring
-  D3 a missing teacher file gave it a random teacher; here that is an error
+  D3 a missing teacher file gave it a random teacher; here that is an error (no file named: one is trained)
   D4 its networks are lost: G is DFAD's; the ResNets have the reported numbers of parameters
   D5 the same numbers with less work (tests/test_akd_gan.py): G without graph in step 1, one teacher call for several
      batches where that is faster (each batch of G is a batch norm batch of its own), gradient of G only in step 2
@@ -57,8 +57,8 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Data, Run, accuracy, agreement, autocast, build_model, cli, count_params_macs, evaluate_file,
-    fail, get_teacher, has_statistics, image_grid, load_data, lr_at, norm_constants, predict, read_checkpoint,
-    read_json, save, short_name, subset_indices)
+    fail, get_teacher, has_statistics, image_grid, load_data, lr_at, norm_constants, predict, published_row,
+    read_checkpoint, read_json, save, short_name, subset_indices)
 
 
 @dataclass
@@ -91,13 +91,14 @@ class Args:
     # the method's own defaults
     dataset: str = "cifar100"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
     teacher: str = "resnet34_imagenet"  # network: a name in MODELS, or file.py:callable
-    student: str = "resnet18,resnet18_small"  # networks, by commas; 50, 20: resnet18, resnet18_small
+    student: str = "resnet18,resnet18_small"  # networks, separated by commas; the project's 50 and 20 are these two
     epochs: int = 100  # each trains every student in turn
     batch_size: int = 256  # images per step, and per scored batch of --test_split
-    lr: float = 0.01  # learning rate of the students
+    lr: float = 0.01  # peak learning rate of the students
     weight_decay: float = 5e-4  # on all parameters
     momentum: float = 0.9  # SGD momentum
     teacher_size: int = 0  # images are up-sampled to it for the teacher; 0 = 224 for resnet34_imagenet, else not
+    # the game
     epoch_itrs: int = 100  # rounds of steps 1 and 2 per epoch and student
     kd_steps: int = 15  # student steps per round
     loss: Literal["l1", "kl"] = "l1"  # D: eq. (2) or eq. (3)
@@ -115,6 +116,7 @@ class Args:
     oh: float = 0.0  # weight of eq. (8)
     balance: float = 0.0  # weight of eq. (9)
     student_eval_in_g: bool = False  # S in eval mode in step 2
+    # scores and images
     test_split: tuple[float, ...] = ()  # D2: also score these shares of the test images, drawn with seed 42
     drop_last: bool = True  # D2: --test_split leaves out the last batch if it is not full
     sample: int = 0  # with --evaluate RUN_FOLDER_OR_GENERATOR_FILE: draw so many images into its samples/ and exit
@@ -171,12 +173,12 @@ def kd_loss(s_logits: Tensor, t_logits: Tensor, T: float, eps: float = 0.0) -> T
     """Eq. (3): sum over classes, mean over batch; gradient into both. D1: the published one adds eps = 1e-8 to p_T."""
     t_logp = F.log_softmax(t_logits / T, 1)
     t_logp = (t_logp.exp() + eps).log() if eps else t_logp
-    return T * T * F.kl_div(F.log_softmax(s_logits / T, 1), t_logp, reduction="batchmean", log_target=True)
+    return T * T * F.kl_div(F.log_softmax(s_logits / T, 1), t_logp, reduction="batchmean", log_target=True)  # eq. (3)
 
 
 def distance(s_logits: Tensor, t_logits: Tensor, loss: str, T: float = 1.0) -> Tensor:
     """D: eq. (2), mean over batch and classes, or eq. (3); gradient into both."""
-    return F.l1_loss(s_logits, t_logits) if loss == "l1" else kd_loss(s_logits, t_logits, T)
+    return F.l1_loss(s_logits, t_logits) if loss == "l1" else kd_loss(s_logits, t_logits, T)  # eq. (2)
 
 
 def diversity(x: Tensor) -> Tensor:
@@ -241,17 +243,17 @@ def student_steps(student: nn.Module, sgd: torch.optim.Optimizer, generator: nn.
     with torch.no_grad(), autocast(next(student.parameters()).device, args.amp):
         x = torch.cat([generator(draw()) for _ in range(args.kd_steps)])  # (kd_steps * B, 3, S, S)
         t_logits = torch.cat([teacher(part) for part in x.split(at_once)]).to(x.dtype)
-    losses, agree, named = [], [], t_logits.argmax(1)
-    for part, target, name in zip(*(v.chunk(args.kd_steps) for v in (x, t_logits, named))):
+    losses, agree = [], []
+    for x_part, t_part in zip(x.chunk(args.kd_steps), t_logits.chunk(args.kd_steps)):
         with autocast(x.device, args.amp):
-            s_logits = student(part)
-        loss = distance(s_logits.to(x.dtype), target, args.loss, args.T)  # eq. (1)
+            s_logits = student(x_part)
+        loss = distance(s_logits.to(x.dtype), t_part, args.loss, args.T)  # eq. (1)
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()
         losses.append(loss.detach())
-        agree.append(s_logits.argmax(1) == name)
-    counts = (named[:, None] == torch.arange(t_logits.shape[1], device=x.device)).sum(0)
+        agree.append(s_logits.argmax(1) == t_part.argmax(1))
+    counts = (t_logits.argmax(1, keepdim=True) == torch.arange(t_logits.shape[1], device=x.device)).sum(0)
     return torch.stack(losses), torch.cat(agree).to(x.dtype).mean(), counts
 
 
@@ -266,8 +268,8 @@ def generator_step(student: nn.Module, generator: nn.Module, adam: torch.optim.O
     loss = sum(parts.values())  # eq. (4)
     sizes = {f"grad_x_{name}": torch.autograd.grad(part, x, retain_graph=True)[0].norm()
              for name, part in parts.items()} if measure else {}
-    for p, g in zip(generator.parameters(), torch.autograd.grad(loss, [*generator.parameters()])):
-        p.grad = g
+    adam.zero_grad(set_to_none=True)
+    loss.backward()
     adam.step()
     student.train().requires_grad_(True)
     return {f"loss_{name}": term.detach() for name, term in terms.items()}, sizes
@@ -284,9 +286,10 @@ def lrs_at(epoch: int, args: Args, gamma: float = 0.1) -> tuple[float, float]:
     """Learning rates of S and G in a 0-based epoch."""
     if args.scheduler == "cosine":
         return lr_at({"kind": "cosine", "lr": args.lr, "T_max": args.epochs}, epoch), args.lr_g
-    milestones = (args.milestones or (args.epochs // 5, 2 * args.epochs // 5)) if args.scheduler == "step" else ()
+    falls = args.milestones or (max(2, args.epochs // 5), max(3, 2 * args.epochs // 5))  # DFAD counts from 1
+    milestones = falls if args.scheduler == "step" else ()
     recipe = {"kind": "multistep", "milestones": milestones, "gamma": gamma}
-    return tuple(lr_at({**recipe, "lr": lr}, epoch + 1) for lr in (args.lr, args.lr_g))  # DFAD counts from 1
+    return tuple(lr_at({**recipe, "lr": lr}, epoch + 1) for lr in (args.lr, args.lr_g))
 
 
 # -------------------------------------------------------------------------------------------------- evaluation, images
@@ -358,28 +361,36 @@ def sample(args: Args) -> dict:
 
 # -------------------------------------------------------------------------------------------------------------- main
 
-def check(args: Args, data: Data) -> None:
+def check(args: Args) -> None:
     students = [short_name(arch) for arch in args.student.split(",")]
-    small = next((name for name in ("kd_steps", "epoch_itrs", "nz") if not getattr(args, name) > 0), "")
-    for bad, message in (
-            (len(set(students)) < len(students), f"--student {args.student}: one network twice; start two runs"),
-            (small, f"--{small}: must be more than 0"),
-            (len(args.gen_betas) != 2 or max(args.gen_betas, default=1) >= 1, "--gen_betas: give two numbers below 1"),
-            (args.div and args.batch_size < 2, "--div compares the images of a batch, give --batch_size 2 or more"),
-            (not any((args.adv, args.div, args.bn, args.oh, args.balance)),
-             "--adv 0: the generator has nothing to learn from; give --adv, --div, --bn, --oh or --balance"),
-            (0 < args.teacher_size < data.image_size or args.teacher_size and args.teacher.startswith("netgraft"),
-             f"--teacher_size {args.teacher_size}: images of {data.image_size} pixels are never made smaller, and a "
-             "netgraft teacher takes them as they are; leave the flag out")):
-        if bad:
-            fail(message)
+    if len(set(students)) < len(students):
+        fail(f"--student {args.student}: one network twice; start two runs")
+    if len(args.gen_betas) != 2 or max(args.gen_betas, default=1) >= 1:
+        fail("--gen_betas: give two numbers below 1")
+    if args.div and args.batch_size < 2:
+        fail("--div compares the images of a batch, give --batch_size 2 or more")
+    if not any((args.adv, args.div, args.bn, args.oh, args.balance)):
+        fail("--adv 0: the generator has nothing to learn from; give --adv, --div, --bn, --oh or --balance")
+    if args.sample:
+        fail(f"--sample {args.sample}: give --evaluate RUN_FOLDER_OR_GENERATOR_FILE too")
+
+
+def check_data(args: Args, data: Data) -> None:
+    if 0 < args.teacher_size < data.image_size or args.teacher_size and args.teacher.startswith("netgraft"):
+        fail(f"--teacher_size {args.teacher_size}: images of {data.image_size} pixels are never made smaller, and a "
+             "netgraft teacher takes them as they are; leave the flag out")
     for split in args.test_split:
         n = int(len(data.test_y) * split)
         if not 0 < split <= 1 or n < (args.batch_size if args.drop_last else 1):
             fail(f"--test_split {split}: {n} of {len(data.test_y)} test images hold no batch of {args.batch_size}; "
-                 "give a share up to 1, a smaller --batch_size, or --no-drop_last")
+                 "give a share up to 1, a smaller --batch_size, or --no_drop_last")
     if args.test_split and len(data.test_y) > 1 and bool((data.test_y.diff() >= 0).all()):
         print("note: this test split is sorted by class, so --test_split scores other images than the published ones")
+
+
+def check_teacher(args: Args, teacher: nn.Module) -> None:
+    if args.bn and not any(has_statistics(m) for m in teacher.modules()):
+        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (7); choose another one, or go on with --bn 0")
 
 
 def main(args: Args) -> dict:
@@ -390,17 +401,14 @@ def main(args: Args) -> dict:
             return sample(args)
         args.student = names.get(Path(args.evaluate).stem.removeprefix("student_"), args.student.split(",")[0])
         return evaluate_file(args)
-    if args.sample:
-        fail(f"--sample {args.sample}: give --evaluate RUN_FOLDER_OR_GENERATOR_FILE too")
+    check(args)
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
-    check(args, data)
-    teacher, info = get_teacher(args, data, args.teacher_size)  # D3
-    if args.bn and not any(has_statistics(m) for m in teacher.modules()):
-        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (7); choose another one, or go on with --bn 0")
+    check_data(args, data)
     place = {"device": run.device, "memory_format": torch.channels_last}
     students = {name: build_model(arch, data.num_classes, data.image_size).to(**place) for name, arch in names.items()}
+    teacher, info = get_teacher(args, data, args.teacher_size, check=partial(check_teacher, args))  # D3
     sgds = {name: torch.optim.SGD(s.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
             for name, s in students.items()}
     owners = {name: "generator" if args.shared_generator else f"generator_{name}" for name in names}  # D6
@@ -436,12 +444,12 @@ def main(args: Args) -> dict:
                     run.log((epoch * args.epoch_itrs + i + 1) * args.kd_steps, epoch,
                             **{f"{key}_{name}": value for key, value in row.items()})
                     seen.clear()
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+        if run.due(epoch, args.save_every):
             for owner, generator in generators.items():
                 run.grid(f"ep{epoch + 1:03d}{owner.removeprefix('generator')}",
                          data.denormalize(make_images(generator, 64, args.seed)), rows=8)
-        tops, due = {}, (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-        for name, student in students.items() if due else ():
+        tops = {}
+        for name, student in students.items() if run.due(epoch, args.eval_every) else ():
             logits = predict(student, data)
             tops[name] = accuracy(logits, data.test_y)["top1"]
             score = run.scores.setdefault(name, {"last": 0.0, "best": -1.0, "best_epoch": epoch})  # kept for resume
@@ -449,16 +457,16 @@ def main(args: Args) -> dict:
             for split, part in score["subset"].items():
                 run.log(run.step, epoch, **{f"acc_subset_{split}_{name}": part["last"]})
         if not run.end_epoch(epoch, students, tops or None):
-            break
+            return run.finish({})
     for owner, generator in generators.items():
         save(run.dir / f"{owner}.pt", {k: v.cpu() for k, v in generator.state_dict().items()})
     rows, preset = [], "official" if args.preset == "auto" else args.preset
     for name, arch in names.items():
         logits = predict(students[name], data)
-        paper = PUBLISHED.get((preset, args.dataset, args.teacher, arch, None))
-        rows.append({"student": arch, **accuracy(logits, data.test_y), **agreement(logits, data.t_logits),
-                     **run.scores.get(name, {}), "paper": paper and dict(zip(("top1", "protocol"), paper))})
-        rows[-1].setdefault("last", rows[-1].pop("top1"))
+        scores = accuracy(logits, data.test_y)
+        rows.append({"student": arch, "last": scores.pop("top1"), **scores, **agreement(logits, data.t_logits),
+                     **run.scores.get(name, {}),
+                     "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, arch, None)})
     made = args.epochs * args.epoch_itrs * (args.kd_steps + 1) * args.batch_size  # for each student
     return run.finish({"preset": preset, "teacher_top1": info["top1"], **rows[0], "n_test": len(data.test_y),
                        "real_images": 0, "synthetic_images": made, "students": rows})

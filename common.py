@@ -283,28 +283,34 @@ def build_model(name: str, num_classes: int, image_size: int = 32, init: str = "
 
 
 class OwnNetwork:
-    """Mixed into the class of an own net whose forward knows no features: they are [input of its last Linear]."""
+    """Mixed into the class of an own net: features are what its forward gives, else [input of the last Linear met]."""
 
     def forward(self, x: Tensor, return_features: bool = False):
-        taps, last = [], [m for m in self.modules() if isinstance(m, nn.Linear)][-1:]
-        hooks = [m.register_forward_pre_hook(lambda _, inputs: taps.append(inputs[0])) for m in last if return_features]
+        if self.knows_features:
+            out = super().forward(x, return_features=return_features)
+            return (out[0], [out[1]]) if return_features and isinstance(out[1], Tensor) else out  # (logits, pooled)
+        taps, linears = [], [m for m in self.modules() if isinstance(m, nn.Linear) and return_features]
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: taps.append(inputs[0])) for m in linears]
         logits = super().forward(x)
         for hook in hooks:
             hook.remove()
-        return (logits, taps) if return_features else logits
+        return (logits, taps[-1:]) if return_features else logits
 
 
 def own_network(spec: str, num_classes: int, image_size: int) -> nn.Module:
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         fail(f"{path}: no such file; a network of your own is given as file.py:callable")
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # the file may import its neighbours
     try:  # the user's code can raise anything
         module = runpy.run_path(path, run_name=Path(path).stem)
         if not callable(module.get(name)):
             fail(f"{path} has no callable {name}{nearest(name, module)}")
         net = module[name](num_classes=num_classes)
-        if "return_features" not in inspect.signature(net.forward).parameters:
-            net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {})
+        net = getattr(net, "_orig_mod", net)  # compiled by its author; --compile does that here
+        knows = "return_features" in inspect.signature(net.forward).parameters
+        net.__class__ = type(type(net).__name__, (OwnNetwork, type(net)), {"knows_features": knows})
         with torch.no_grad(), rng_kept():
             shapes = {tuple(deepcopy(net).train(mode)(torch.zeros(2, 3, image_size, image_size)).shape)
                       for mode in (True, False)}
@@ -558,10 +564,12 @@ def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, da
     def read(split: str) -> tuple[np.ndarray, np.ndarray, list]:
         cache_path = root / "cache" / f"{tag}_{split}"
         try:
-            x, y, classes = cached(cache_path, stamp(place, split), lambda: reader(place, split, **known))
+            x, y, classes = cached(cache_path, f"{stamp(place, split)} {known}", lambda: reader(place, split, **known))
             missing = set(range(len(classes))) - set(y.tolist())
             if known and (classes != known["classes"] or x.shape[-1] != known["size"]):
                 raise ValueError("train and test differ in their classes or image sizes")
+            if len(classes) < 2:
+                raise ValueError("it has one class only")
             if y.min() < 0 or y.max() >= len(classes):
                 raise ValueError(f"labels run from {y.min()} to {y.max()}, there are {len(classes)} classes")
             if split == "train" and missing:
@@ -588,7 +596,10 @@ def find_source(dataset: str, folder: Path, root: Path, data_url: str) -> tuple[
             from torchvision.datasets.utils import check_integrity, extract_archive
             if not check_integrity(str(base / archive), md5):
                 fail(f"{base / archive} is incomplete or altered (its md5 is not {md5}); remove it and start again")
-            extract_archive(str(base / archive), str(base))
+            with tempfile.TemporaryDirectory(dir=base) as part:  # whole or not at all
+                extract_archive(str(base / archive), part)
+                if not (base / official).is_dir():  # another process was first
+                    os.replace(Path(part, official), base / official)
         if (base / official).is_dir():
             return (read_tiny if dataset == "tiny_imagenet" else read_cifar, base / official,
                     f"remove the folder and start again, or unpack {archive} there anew")
@@ -626,8 +637,8 @@ def download(dataset: str, root: Path, data_url: str) -> None:
 
 def read_npz(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
     with np.load(folder / f"{split}.npz", allow_pickle=False) as f:
-        x, y, classes = f["x"], f["y"], [str(c) for c in f["classes"]] if "classes" in f else classes
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
+        x, y, classes = f["x"], f["y"], f["classes"].astype(str).tolist() if "classes" in f else classes
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
         raise ValueError(f"x is {x.dtype} of shape {x.shape} (repeat grey images three times)")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
         raise ValueError(f"y is {y.dtype} of shape {y.shape} for {len(x)} images")
@@ -668,12 +679,13 @@ def read_tiny(folder: Path, split: str, size: int = 0, classes: Optional[list] =
 
 def read_tree(folder: Path, split: str, size: int = 0, classes: Optional[list] = None) -> tuple:
     from torchvision.datasets import ImageFolder
-    root = folder / "val" if split == "test" and not (folder / "test").is_dir() else folder / split
-    other = folder / "train" if (folder / "train").is_dir() else root
-    odd = {d.name for d in root.iterdir() if d.is_dir()} ^ {d.name for d in other.iterdir() if d.is_dir()}
-    if odd:  # the names of the folders only: the train images of a data-free run stay unread
-        raise ValueError(f"train and test have different class folders ({', '.join(sorted(odd)[:3])})")
-    listed = ImageFolder(str(root))
+    found = {name: {d.name for d in (folder / name).iterdir() if d.is_dir()}  # of train only the names: it stays unread
+             for name in ("train", "test", "val") if (folder / name).is_dir()}
+    tests = [name for name in ("test", "val") if name in found]
+    test = next((name for name in tests if found[name] == found.get("train")), tests[0])  # test/ may be unlabelled
+    if odd := found[test] ^ found.get("train", found[test]):
+        raise ValueError(f"train and {test} have different class folders ({', '.join(sorted(odd)[:3])})")
+    listed = ImageFolder(str(folder / (test if split == "test" else split)))
     return read_images([path for path, _ in listed.samples], size), np.array(listed.targets), listed.classes
 
 
@@ -706,7 +718,8 @@ def stamp(source: Path, split: str) -> str:
     """Changes when the files of a split change: their names, sizes and times."""
     names = (f"{split}.npz", split, "wnids.txt", *(("val",) if split == "test" else ()))
     bases = [source / n for n in names if (source / n).exists()] or [source]
-    files = [b for b in bases if b.is_file()] + [Path(d, n) for b in bases for d, _, found in os.walk(b) for n in found]
+    files = [b for b in bases if b.is_file()] + [
+        Path(d, n) for b in bases for d, _, found in os.walk(b, followlinks=True) for n in found if Path(d, n).exists()]
     facts = [(str(f.relative_to(source)), info.st_size, info.st_mtime_ns) for f in sorted(files) for info in [f.stat()]]
     return f"{source.resolve()} {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
@@ -911,7 +924,7 @@ def unwrap(obj: Any, path: Any, wanted: Iterable[str] = ()) -> dict[str, Tensor]
         if {k.split(".")[0] for k in state} >= {"student", "teacher"}:
             state = {k: v for k, v in state.items() if k.startswith("student.")}
         for prefix in ("module.", "_orig_mod.", "model.", "net.", "student.", "teacher."):
-            if all(k.startswith(prefix) for k in state):
+            if not state.keys() <= wanted and all(k.startswith(prefix) for k in state):
                 state = {k.removeprefix(prefix): v for k, v in state.items()}
     if "layer1.0.conv1.weight" in state and not state.keys() <= wanted:
         state = {re.sub(r"^fc\.", "linear.", k.replace(".downsample.", ".shortcut.")): v for k, v in state.items()}
@@ -952,9 +965,10 @@ def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[in
     if asked and ".py:" in asked and num_classes:
         with rng_kept():
             own = build_model(asked, num_classes, image_size)
-    state, meta = unwrap(obj, path, own.state_dict() if own else ()), {} if is_state_dict(obj) else obj
+    state = unwrap(obj, path, () if own is None else own.state_dict())
+    meta = {} if is_state_dict(obj) else obj
     classes = len(next((v for v in reversed(list(state.values())) if v.ndim == 2), ())) or num_classes or 1
-    classes = num_classes if own else classes
+    classes = classes if own is None else num_classes
     if asked is None and ".py:" in str(meta.get("arch")):  # no code is run on the word of a file
         fail(f"{path}: holds {meta['arch']}; if that code is yours, give --teacher (or --arch) file.py:callable")
     looks = asked if asked and ".py:" in asked else infer_arch(state, classes, path)
@@ -967,7 +981,7 @@ def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[in
     if num_classes not in (None, classes):
         fail(f"{path}: this is {arch} with {classes} classes, the data set has {num_classes}; take one of this set")
     with rng_kept():  # a net that is overwritten at once must not move the run's random streams
-        net = own or build_model(arch, classes, image_size)
+        net = build_model(arch, classes, image_size) if own is None else own
     if arch == "netgraft_vgg16_folded" and "features.4.0.bias_map" not in state:
         net.features[4][0] = nn.Conv2d(256, 256, 3, padding=1)
     wanted = net.state_dict()
@@ -978,13 +992,15 @@ def load_teacher(path: Any, arch: Optional[str] = None, num_classes: Optional[in
     if problems:
         fail(f"{path}: does not fit {arch}: {'; '.join(problems)}; the file is damaged or holds another network")
     net.load_state_dict(state)
-    acc = next((float(meta[k]) for k in ("acc1", "best_acc1", "best_prec1", "accuracy", "best_acc", "metric")
-                if isinstance(meta.get(k), (int, float, np.number, Tensor)) and np.ndim(meta[k]) == 0), None)
+    numbers = {k: v for k, v in meta.items() if isinstance(v, (int, float, np.number)) or
+               isinstance(v, Tensor) and v.numel() == 1}
+    acc = next((float(numbers[k]) for k in ("acc1", "best_acc1", "best_prec1", "accuracy", "best_acc", "metric")
+                if k in numbers), None)
     zoo_norm = ("imagenet" if arch.endswith("_a") else
                 "cifar100_gda" if classes == 100 and ("metric" in meta or arch.endswith("_imagenet")) else None)
     return net.eval(), {"arch": arch, "num_classes": classes, "acc1": 100 * acc if acc and acc <= 1 else acc,
                         "norm": meta.get("norm") or config.get("derived", {}).get("norm") or zoo_norm,
-                        "epoch": meta["epoch"] if isinstance(meta.get("epoch"), int) else None}
+                        "epoch": int(numbers["epoch"]) if "epoch" in numbers else None}
 
 
 def upsample(x: Tensor, size: int) -> Tensor:
@@ -1120,8 +1136,7 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
             optimizer.step()
             if step % args.log_every == 0:
                 run.log(epoch * steps + step, epoch, loss_ce=loss, lr=group["lr"])
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == epochs
-        scores = evaluate(model, data) if due else None
+        scores = evaluate(model, data) if run.due(epoch, args.eval_every) else None
         if not run.end_epoch(epoch, net, scores and scores["top1"]):
             break
     scores = scores or evaluate(model, data)
@@ -1134,20 +1149,24 @@ def train_teacher(args: TrainArgs, data: Optional[Data] = None) -> Path:
     return path
 
 
-def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: Optional[Callable] = None
-                ) -> tuple[nn.Module, dict]:
+def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: Optional[Callable] = None,
+                check: Callable = lambda net: None) -> tuple[nn.Module, dict]:
     """Given file -> file placed in data_dir/teachers -> cached -> trained now; frozen, its accuracy checked.
 
     Sets data.mean, .std, .norm (flag, else the teacher's, else the preset's, else the data set's) and data.t_logits.
-    score(teacher, data) -> top-1 replaces evaluate where a method measures otherwise.
+    score(teacher, data) -> top-1 replaces evaluate where a method measures otherwise; check(net) refuses a network that
+    the method cannot use, before it is trained.
     """
     if args.norm != "auto":
         data.set_norm(args.norm)
     path, wanted = teacher_file(args, data, input_size)
     if not path.is_file() and not args.teacher_ckpt:
         with rng_kept():
+            check(build_model(args.teacher, data.num_classes, input_size or data.image_size))
             train_missing(path, wanted, data)
-    net, info = load_teacher(path, args.teacher, data.num_classes, data.image_size)
+    net, info = load_teacher(path, args.teacher, data.num_classes, input_size or data.image_size)
+    with rng_kept():
+        check(net)
     if info["norm"] and "norm" not in getattr(args, "given", ()):
         data.set_norm(info["norm"])
     teacher = Upsampled(net, input_size) if input_size and input_size != data.image_size else net
@@ -1160,23 +1179,27 @@ def get_teacher(args: Any, data: Data, input_size: Optional[int] = None, score: 
           f"(norm {data.norm}{stored})", flush=True)
     bound, fall = min(300 / data.num_classes, 50 + 50 / data.num_classes), (info["acc1"] or 0) - top1
     if top1 < bound or fall > 1:
-        why = f"scores {top1:.2f} % (expected {max(bound, top1 + fall):.2f}): {likely_cause(teacher, data, top1)}"
+        smoke = getattr(args, "smoke", False)
+        cause = "a teacher of --smoke is hardly trained" if smoke else likely_cause(teacher, data)
+        why = f"scores {top1:.2f} % (expected {max(bound, top1 + fall):.2f}): {cause}"
         if (top1 < bound or fall > 5) and not args.allow_weak_teacher:
             fail(f"{path} {why}; mend that, or go on all the same with --allow_weak_teacher")
         print(f"warning: {path} {why}")
     return teacher, info
 
 
-def likely_cause(teacher: nn.Module, data: Data, top1: float) -> str:
-    """Tries the other normalisations and says what would explain a low score."""
-    norm, tries, n = data.norm, {}, len(data.test_y)
+def likely_cause(teacher: nn.Module, data: Data) -> str:
+    """Tries the other normalisations on up to 1,000 images and says what would explain a low score."""
+    own, n = data.norm, len(data.test_y)
     pick = torch.linspace(0, n - 1, min(n, 1000), device=data.device).long()  # spread: copies are often sorted by class
-    for name in NORMS:
-        data.set_norm(name)
-        tries[name] = accuracy(predict(teacher, data, data.test_x[pick]), data.test_y[pick])["top1"]
-    data.set_norm(norm)
-    best = max(tries, key=tries.get)
-    if tries[best] > top1 + 3:
+
+    def score(norm: Any) -> float:
+        data.set_norm(norm)
+        return accuracy(predict(teacher, data, data.test_x[pick]), data.test_y[pick])["top1"]
+
+    tries = {name: score(name) for name in NORMS}
+    best, now = max(tries, key=tries.get), score(own)  # own comes last: it stays
+    if tries[best] > now + 3:
         return f"wrong normalisation, with --norm {best} it scores about {tries[best]:.0f} %"
     return "untrained, or trained on other data, classes or another class order (ours: sorted names or wnids)"
 
@@ -1210,6 +1233,7 @@ def train_missing(path: Path, wanted: Any, data: Any, train: Callable = train_te
         if (folder / "result.json").is_file():  # finished once, but its teacher file is gone
             folder = folder.with_name(f"{folder.name}__{time.strftime('%Y%m%d-%H%M%S')}")
         wanted.run_name, wanted.resume = folder.name, str(folder) if (folder / "config.json").is_file() else ""
+        wanted.time_limit *= int(os.environ.get("WORLD_SIZE", 1)) == 1  # the other processes wait for the file
         train(wanted, data)
 
 
@@ -1308,18 +1332,22 @@ def short_name(arch: str) -> str:
 
 class Run:
     """A run folder (config, source, metrics, samples, checkpoints, result), its seeds, device, clock and Ctrl-C."""
+    held: ClassVar[dict] = {}  # folder -> lock, of this process
 
     def __init__(self, args: Any):
         self.args, self.begin, self.stopped = args, time.time(), ""
         self.method = getattr(args, "METHOD", Path(inspect.getfile(type(args))).stem)
         self.device, self.first_rank = pick_device(args.device), int(os.environ.get("RANK", 0)) == 0
         seed_everything(args.seed, args.deterministic)
+        if args.amp == "bf16" and self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            print("note: this CPU has no bf16 instructions; --amp none is faster here")
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.objects, self.students = {}, {}
         self.scores, self.best_state = {}, {}  # of each student: last, best, best_epoch; the weights of that epoch
-        self.step, self.next_epoch, self.seconds_before, self.saved_at = 0, 0, 0.0, time.time()
+        self.step, self.next_epoch, self.saved_epoch = 0, 0, -1
+        self.seconds_before, self.saved_at = 0.0, time.time()
         self.last_logged, self._bar, self._board = {}, None, None
-        self.epochs = getattr(args, "epochs", 0)  # for display; a run of several phases sets their sum
+        self.epochs = getattr(args, "epochs", 0)  # a run of several phases sets their sum
         self.dir = Path(args.resume) if args.resume else Path(args.out_dir) / (args.run_name or self.derived_name())
         if args.resume and (self.dir / "result.json").is_file():
             print(f"{self.dir} is finished; its result:\n{table(result_rows(self.dir))}")
@@ -1331,8 +1359,12 @@ class Run:
                     fail(f"{self.dir} exists; give another --run_name, or go on with --resume {self.dir}")
                 n += 1  # another run was begun in the same second
                 self.dir = self.dir.with_name(f"{name}-{n}")
+            self.dir.mkdir(parents=True, exist_ok=bool(args.run_name))
+        if self.first_rank:
+            self.hold()
+        if not args.resume and self.first_rank:
             for folder in ("src", "samples"):
-                (self.dir / folder).mkdir(parents=True, exist_ok=True)
+                (self.dir / folder).mkdir(exist_ok=True)
             for file in {Path(inspect.getfile(type(args))), Path(__file__)}:
                 shutil.copy(file, self.dir / "src" / file.name)
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -1354,9 +1386,24 @@ class Run:
         print(f"run folder {self.dir}", flush=True)
 
     def never_began(self) -> bool:
-        """A folder of a run that stopped at a bad flag, before anything was learned."""
-        return (self.dir / "config.json").is_file() and {p.name for p in self.dir.iterdir()} == {
-            "config.json", "src", "samples"} and not any((self.dir / "samples").iterdir())
+        """A folder of a run that stopped (at a bad flag, by a kill) before its first checkpoint."""
+        names = {p.name.partition(".part")[0] for p in self.dir.iterdir()}
+        return names <= {"config.json", "lock", "src", "samples"} and not any(self.dir.glob("samples/*"))
+
+    def hold(self) -> None:
+        """One process at a time; the lock is freed by finish, or by the system when the process ends."""
+        if fcntl is not None and self.dir.resolve() not in self.held:
+            lock = open(self.dir / "lock", "w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{self.dir} is in use by another process; wait for it, or give another --run_name")
+            self.held[self.dir.resolve()] = lock
+
+    def release(self) -> None:
+        if lock := self.held.pop(self.dir.resolve(), None):
+            lock.close()
+            (self.dir / "lock").unlink(missing_ok=True)
 
     def derived_name(self) -> str:
         a = self.args
@@ -1388,35 +1435,44 @@ class Run:
         """Add derived values (norm, teacher, parameter counts, the shots ...) to config.json."""
         if self.first_rank:
             config = read_json(self.dir / "config.json")
+            old, new = (d.get("teacher", {}).get("sha256") for d in (config["derived"], derived))
+            if self.args.resume and old and new and old != new:
+                fail(f"{derived['teacher']['path']} is not the teacher that this run began with; put that one back "
+                     "(a relative --data_dir counts from the folder you start in)")
             write_json(self.dir / "config.json", {**config, "derived": {**config["derived"], **derived}})
 
     def restore(self, **objects: Any) -> int:
         """Register all that a checkpoint must hold; returns the epoch to start with (0 writes a first checkpoint)."""
         self.objects = {**objects, "run_generator": self.generator}
         self.students = {k[8:]: o for k, o in objects.items() if k == "student" or k.startswith("student_")}
-        path = self.dir / "ckpt_last.pt"
+        path, metrics = self.dir / "ckpt_last.pt", self.dir / "metrics.jsonl"
+        for leftover in self.dir.glob("*.part*") if self.first_rank else ():  # of a kill amid a save
+            leftover.unlink()
         if not self.args.resume or not path.is_file():
+            if self.first_rank:
+                metrics.unlink(missing_ok=True)
             self.save(0)
             return 0
-        ckpt = read_checkpoint(path)
-        if not isinstance(ckpt, dict) or not {"objects", "scores", "streams", "metrics_bytes"} <= ckpt.keys():
+        ckpt, wanted = read_checkpoint(path), {"objects": dict, "scores": dict, "best_state": dict, "streams": dict,
+                                               "epoch": int, "step": int, "seconds": float, "metrics_bytes": int}
+        if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(k), kind) for k, kind in wanted.items()):
             fail(f"{path} is not the checkpoint of a run; put the right file back, or start anew without --resume")
         if set(ckpt["objects"]) != set(self.objects):
             fail(f"{path} holds {sorted(ckpt['objects'])}, this version of the script {sorted(self.objects)}; "
                  f"resume with the source in {self.dir / 'src'}")
-        metrics = self.dir / "metrics.jsonl"
         if self.first_rank and (metrics.stat().st_size if metrics.is_file() else 0) < ckpt["metrics_bytes"]:
             fail(f"{metrics} is shorter than at the checkpoint; put the right file back, or start anew")
         try:
             for name, o in self.objects.items():
                 set_state(o, ckpt["objects"][name])
-        except (RuntimeError, ValueError, KeyError) as e:
+            for name, g in global_streams().items():
+                if name in ckpt["streams"]:
+                    set_state(g, ckpt["streams"][name])
+        except (RuntimeError, ValueError, KeyError, TypeError) as e:
             fail(f"{path} does not fit this run ({(str(e).splitlines() or ['?'])[0][:120]}); put the right file back")
         self.scores, self.best_state, self.step, self.next_epoch, self.seconds_before = (
             ckpt[k] for k in ("scores", "best_state", "step", "epoch", "seconds"))
-        for name, g in global_streams().items():
-            if name in ckpt["streams"]:
-                set_state(g, ckpt["streams"][name])
+        self.saved_epoch = self.next_epoch
         if self.first_rank:
             with open(metrics, "ab") as f:
                 f.truncate(ckpt["metrics_bytes"])
@@ -1426,7 +1482,7 @@ class Run:
 
     def save(self, epoch: int) -> None:
         """ckpt_last.pt: all that is needed to go on with `epoch`, bit-equal; the old one survives until it is whole."""
-        self.saved_at, metrics = time.time(), self.dir / "metrics.jsonl"
+        self.saved_at, self.saved_epoch, metrics = time.time(), epoch, self.dir / "metrics.jsonl"
         if not self.first_rank:
             return
         objects = {name: get_state(o) for name, o in self.objects.items()}
@@ -1437,6 +1493,10 @@ class Run:
             "epoch": epoch, "step": self.step, "objects": objects, "scores": self.scores, "best_state": self.best_state,
             "streams": {name: get_state(g) for name, g in global_streams().items()}, "seconds": self.seconds(),
             "metrics_bytes": metrics.stat().st_size if metrics.is_file() else 0})
+
+    def due(self, epoch: int, every: int) -> bool:
+        """After every so many epochs, and after the last one."""
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
     def bar(self, items: Iterable, name: str) -> Iterator:
         """A progress bar when a terminal looks on."""
@@ -1505,6 +1565,9 @@ class Run:
         if self._sigint is not None:
             signal.signal(signal.SIGINT, self._sigint)
         if self.stopped:
+            if self.saved_epoch != self.next_epoch:  # Ctrl-C behind the last epoch
+                self.save(self.next_epoch)
+            self.release()
             print(f"stopped by {self.stopped} after epoch {self.next_epoch}; go on with --resume {self.dir}")
             raise SystemExit(130 if self.stopped == "Ctrl-C" else 0)
         a, top1 = self.args, row.get("top1")
@@ -1525,6 +1588,7 @@ class Run:
                     save(self.dir / file, {k: v.cpu() for k, v in state.items()})
             write_json(self.dir / "result.json", result)
             print(table(result_rows(self.dir)), flush=True)
+        self.release()
         if self._board:
             self._board.close()
         return result
@@ -1539,16 +1603,16 @@ def image_grid(images: Tensor, rows: int, path: Path) -> None:
 
 
 ROW_KEYS = ("method", "preset", "dataset", "teacher", "student", "shots")
-NO_SETTING = (*ROW_KEYS, "seed", "arch", "smoke", "data_dir", "data_url", "teacher_ckpt", "device", "out_dir",
+NO_SETTING = (*ROW_KEYS, "seed", "arch", "data_dir", "data_url", "teacher_ckpt", "device", "out_dir",
               "run_name", "resume", "evaluate", "time_limit", "eval_every", "log_every", "save_every", "tensorboard")
 
 
 def result_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file, or of every result.json below a folder; each of several students has its own row."""
     try:
-        rows = ([json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else
+        rows = ([dict(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else
                 [row for file in sorted(path.rglob("result.json")) if (row := read_json(file))])
-    except ValueError:
+    except (ValueError, TypeError):
         fail(f"{path}: not a .jsonl file of rows")
     return [{**row, **student} for row in rows for student in row.pop("students", None) or [{}]]
 
@@ -1556,7 +1620,8 @@ def result_rows(path: Path) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Markdown: rows that differ only in the seed make one line, mean ± std; tests/bench.py has its own columns.
 
-    The label names the flags in which a line differs from others of the same method, preset, networks and data.
+    The label names the flags in which a line differs from others of the same method, preset, networks and data, and all
+    flags where a published number stands beside it.
     """
     def mean(group: list[dict], key: str, form: str = ".2f") -> str:
         values = [row[key] for row in group if row.get(key) is not None]
@@ -1567,24 +1632,30 @@ def table(rows: list[dict]) -> str:
                            "real / made images|seeds").split("|"), [], {}
     for row in rows:
         key = (*(str(row.get(k) or "") for k in ROW_KEYS), json.dumps(row.get("flags") or {}))
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(key, {})[row.get("seed", id(row))] = row  # of a seed measured twice the newer one
+    groups = {key: list(seeds.values()) for key, seeds in groups.items()}
     for (*key, _), group in groups.items():
         (method, preset, dataset, teacher, student, shots), first = key, group[0]
-        alike = [other[0].get("flags") or {} for (*k, _), other in groups.items() if k == key]
+        paper, alike = first.get("paper"), [o[0].get("flags") or {} for (*k, _), o in groups.items() if k == key]
         own = [f"--{k} {v:g}" if isinstance(v, float) else f"--{k} {v}" for k, v in (first.get("flags") or {}).items()
-               if any(f.get(k) != v for f in alike)]
-        label, paper = " ".join([preset] * (preset not in ("", "auto")) + own), first.get("paper") or {}
+               if paper or any(f.get(k) != v for f in alike)]
+        label = " ".join([preset] * (preset not in ("", "auto")) + own)
         lines.append((method + f" `{label}`" * bool(label), Path(dataset).name,
                       (f"{teacher} ({mean(group[:1], 'teacher_top1')}) → " if teacher else "") + student, shots,
                       f"**{mean(group, 'last')}**", mean(group, "best"),
                       f"{paper['top1']} ({paper['protocol']})" if paper else "", mean(group, "agree1"),
                       mean(group, "L_p", ".4f"), mean(group, "seconds", ".0f"),
-                      f"{first['real_images']} / {first['synthetic_images']}" if "real_images" in first else "",
+                      f"{first['real_images']} / {first.get('synthetic_images')}" if "real_images" in first else "",
                       ", ".join(str(row["seed"]) for row in group if "seed" in row)))
-    if rows and "bench" in rows[0]:
+    if rows and "plain" in rows[0]:
         head, lines = list(rows[0]), [list(map(str, row.values())) for row in rows]
     used = [i for i in range(len(head)) if any(line[i] for line in lines)]  # no empty columns
     return "\n".join("| " + " | ".join(line[i] for i in used) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def published_row(published: dict, *key: Any) -> Optional[dict]:
+    """For result.json: number and protocol of (preset, dataset, teacher, student, shots), if there are any."""
+    return dict(zip(("top1", "protocol"), published[key])) if key in published else None
 
 
 def results_path(name: str) -> Path:
@@ -1594,7 +1665,7 @@ def results_path(name: str) -> Path:
 def keep(rows: list[dict], name: str) -> Path:
     """Put rows into tests/results/<name>.jsonl; a row measured again (same flags, same seed) replaces the old one."""
     path = results_path(name)
-    keys = ("bench", *ROW_KEYS, "flags", "seed")
+    keys = ("bench, CPU seconds", *ROW_KEYS, "flags", "seed")
     kept = {tuple(str(row.get(k) or "") for k in keys): row for row in result_rows(path) + rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in kept.values()).encode()))
@@ -1619,7 +1690,8 @@ def summarize(runs_dir: Any) -> str:
 
 SHARED_ALIASES = {"data_root": "data_dir", "gpu": ("device", "cuda:{}"), "log_tag": "run_name",
                   "evaluate_only": "evaluate", "fewshot_n_per_class": "shots"}
-AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every", "ngf", "lr_tmax")
+AT_LEAST_ONE = ("epochs", "batch_size", "eval_every", "log_every", "save_every", "ngf", "nz", "lr_tmax", "kd_steps",
+                "epoch_itrs", "pool_size", "bank_size", "virtual_gpus", "query", "meta_epochs")
 FREE_ON_RESUME = ("device", "data_dir", "time_limit", "log_every", "save_every")
 
 
@@ -1633,7 +1705,7 @@ def convert(name: str, hint: Any, default: Any, text: str) -> Any:
         else:
             value = options[text.lower() if hint is bool else text] if options else hint(text)
     except (KeyError, ValueError):
-        wanted = getattr(hint, "__name__", hint) if kind is tuple or not options else ", ".join(options)
+        wanted = f"{parts[0].__name__} values" if kind is tuple else ", ".join(options) or hint.__name__
         fail(f"--{name} {text}: expected {wanted}{nearest(text, options)}")
     for v in value if kind is tuple else (value,):
         signed = isinstance(default, (int, float)) and default < 0
@@ -1699,15 +1771,20 @@ def given_flags(cls: type, aliases: dict, argv: list[str]) -> dict:
 
 
 def print_help(cls: type, presets: dict) -> NoReturn:
-    """The docstring, then a line for each flag: type, the comment behind the field, default."""
-    source, hints = inspect.getsource(cls), get_type_hints(cls)
-    print((cls.__doc__ if cls.__module__ == __name__ else sys.modules[cls.__module__].__doc__) or "", "\n\nflags")
-    for f in fields(cls):
-        comment = re.search(rf"^    {f.name}: [^#\n]*#\s*(.+)$", source, re.M)
-        literal = get_origin(hints[f.name]) is Literal
-        kind = "|".join(map(str, get_args(hints[f.name]))) if literal else getattr(hints[f.name], "__name__", "")
-        default = f" [{f.default}]" if f.default != "" else ""
-        print(f"  --{f.name + ' ' + kind:<28} {comment[1] if comment else ''}{default}")
+    """What the script does and its commands, then the flags, grouped as in the class: [default | other choices]."""
+    doc = ((cls.__doc__ if cls.__module__ == __name__ else sys.modules[cls.__module__].__doc__) or "").strip()
+    hints, defaults = get_type_hints(cls), {f.name: f.default for f in fields(cls)}
+    print("\n".join([doc.partition("\n")[0], "", *re.findall(r"^  (?:python|torchrun) .+", doc, re.M)]))
+    for line in inspect.getsource(cls).splitlines():
+        if heading := re.match(r"    # (.+)", line):
+            print(f"\n{heading[1]}")
+        if flag := re.match(r"    (\w+): .+?  # (.+)", line):
+            name, value, hint = flag[1], defaults[flag[1]], hints[flag[1]]
+            shown = {False: "off", True: "on"}[value] if hint is bool else value
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else shown
+            choices = [shown, *(o for o in get_args(hint) if get_origin(hint) is Literal and o != value)]
+            bracket = f" [{' | '.join(map(str, choices))}]" * (shown != "")
+            print(f"  --{'[no_]' * (hint is bool) + name:<26} {flag[2]}{bracket}")
     print(f"\npresets: {', '.join([*presets, 'none'])}" if presets else "")
     raise SystemExit(0)
 
@@ -1746,8 +1823,10 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
     source = Path(given.get("resume") or given.get("evaluate") or ".")
     folder = source.parent if source.name == "ckpt_last.pt" or given.get("evaluate") and not source.is_dir() else source
     config = read_json(folder / "config.json") if given.get("resume") or given.get("evaluate") else {}
-    whole = {"method", "args", "given", "derived"} <= config.keys()
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config.get("args", {}).items() if k in values}
+    kinds, hints = {"method": str, "args": dict, "given": list, "derived": dict}, get_type_hints(cls)
+    whole = all(isinstance(config.get(k), kind) for k, kind in kinds.items())
+    saved = {k: convert(k, hints[k], values[k], " ".join(map(str, v)) if isinstance(v, list) else str(v))
+             for k, v in (config["args"].items() if whole else ()) if k in values}
     if given.get("resume"):
         if config.get("method", method) != method:
             fail(f"--resume {folder}: a run of {config['method']}, not of {method}; resume it with its own script")
@@ -1761,8 +1840,11 @@ def parse_args(cls: type, presets: Optional[dict] = None, aliases: Optional[dict
         given["resume"] = str(folder)
     elif whole:  # other programs leave a config.json too
         values.update({k: v for k, v in saved.items() if k not in ("device", "evaluate", "resume")})
-        teacher = config["derived"].get("teacher", {}).get("path", "")
-        values.update({"teacher_ckpt": teacher} if "teacher_ckpt" in values and Path(teacher).is_file() else {})
+        teacher = config["derived"].get("teacher")
+        path = str(teacher.get("path", "")) if isinstance(teacher, dict) else ""
+        values.update({"teacher_ckpt": path} if "teacher_ckpt" in values and Path(path).is_file() else {})
+    elif source.is_dir() and given.get("evaluate"):
+        fail(f"--evaluate {source}: no run folder (no readable config.json); give that, or a checkpoint")
     else:
         values.update(preset_values(presets, given, values))
     args = cls(**{**values, **given})
@@ -1791,8 +1873,8 @@ def cli(main: Callable, cls: type, presets: Optional[dict] = None, aliases: Opti
         raise SystemExit(1)
     except OSError as e:
         full = "the disk is full: free some space, then go on with --resume; the last checkpoint is whole"
-        fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; " +
-             (full if e.errno == errno.ENOSPC else "check the path and its permissions"))
+        fail(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; " + (
+            full if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the path and its permissions"))
 
 
 def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Callable] = None) -> dict:
@@ -1809,8 +1891,8 @@ def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Calla
     own = getattr(args, "student", "") if ".py:" in getattr(args, "student", "") else None
     if args.teacher_ckpt and "teacher_ckpt" in args.given and not Path(args.teacher_ckpt).is_file():
         fail(f"{args.teacher_ckpt}: no readable checkpoint; check the path of --teacher_ckpt")
-    net, info = read(path, getattr(args, "arch", "") or own, data.num_classes, data.image_size)
-    size, teacher = getattr(args, "teacher_size", 0), None
+    input_size, size, teacher = getattr(args, "input_size", 0), getattr(args, "teacher_size", 0), None
+    net, info = read(path, getattr(args, "arch", "") or own, data.num_classes, input_size or data.image_size)
     if args.teacher and teacher_file(args, data, size)[0].is_file():
         args.allow_weak_teacher = True  # it only serves Agree@1 and L_p
         teacher, _ = get_teacher(args, data, size)
@@ -1819,7 +1901,7 @@ def evaluate_file(args: Any, read: Callable = load_teacher, view: Optional[Calla
         data.t_logits = None if teacher is None else predict(teacher, data)
     fallback = args.norm if args.norm != "auto" else data.norm
     data.set_norm(args.norm if "norm" in args.given else info["norm"] or fallback)
-    model = Upsampled(net, args.input_size) if getattr(args, "input_size", 0) else net
+    model = Upsampled(net, input_size) if input_size else net
     logits = predict(model.to(device, memory_format=torch.channels_last), data)
     params, macs = count_params_macs(model, data.image_size)
     row = {**accuracy(logits, data.test_y), **(agreement(logits, data.t_logits) if data.t_logits is not None else {})}

@@ -3,7 +3,7 @@
 Paper   "Logit Distillation via Global Distribution Alignment" (code: zhiweihu1103/Logit-Distillation-GDA), built on
         AdaptConf (arXiv 2402.03749), mdistiller (the CIFAR pairs) and few-shot-meta-baseline (arXiv 2003.04390).
 Data    the whole labelled training set; --no_labels puts the teacher's softmax in the place of y.
-Result  the paper's own accuracies are not public; PUBLISHED holds rows without GDA to compare with. Ours: README.md.
+Result  no accuracy is published with the code; PUBLISHED holds rows without GDA to compare with. Ours: README.md.
 
 Task 1, classification (published: CIFAR-100, resnet56 -> resnet20; weak to strong works the same way). Each step
   1. takes G groups of b images, randomly resized crops and flips (recipe v0; native: pad-4 crops);
@@ -38,7 +38,8 @@ Task 2, few-shot learning (--task fewshot): learn on base classes, then recognis
 Symbols  gamma -> gt_loss_weight, delta and w -> kd_loss_weight, fr, sk -> fisher_rao_lamda, sinkhorn_lamda,
          theta -> superalignment_threshold, G -> virtual_gpus, b -> batch_size, tau -> temp
 Deviations from the published code (kept: an oddity that its numbers need)
-  D1  the result is the last epoch, not the best on test; few-shot: also the one selected on held-out data
+  D1  the result is the last epoch, not the best on test; few-shot: the classifier selected on held-out images, the
+      meta stage's last epoch, and the other one of each beside it
   D2  the official 6 processes are 6 groups, in any number of processes that divides 6: the same gradients; in groups
       of another size sk is multiplied by 128/b, for which b it was published
   D3  the ratio in (5) stays in [1e-12, 1 - 1e-7]: at equal statistics its root has no derivative
@@ -76,8 +77,8 @@ from torch import Tensor
 
 from common import (
     MODELS, Data, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
-    evaluate_file, fail, get_teacher, load_data, lr_at, per_call, pick_device, predict, read_checkpoint, rng_kept,
-    safe_unpickle, save, short_name, train_missing, unwrap)
+    evaluate_file, fail, get_teacher, load_data, lr_at, per_call, pick_device, predict, published_row, read_checkpoint,
+    rng_kept, safe_unpickle, save, short_name, train_missing, unwrap)
 
 
 @dataclass
@@ -207,16 +208,18 @@ ALIASES = {
 
 def row_names(args: Args, shots: Optional[int] = None) -> dict:
     """Of the result's row: what tells the runs of one pair apart (`auto` is the published command), and its number."""
-    name = f"{args.recipe} ".replace("v0 ", "") if args.task == "classify" else f"{args.stage} "
-    name += args.distiller + " + GDA" * (args.gda and args.distiller != "vanilla") + " no labels" * (not args.labels)
+    fewshot, alone = args.task == "fewshot", args.distiller == "vanilla"
+    parts = [args.stage] if fewshot else ["native"] if args.recipe == "native" else []
+    if not (fewshot and args.stage == "test"):
+        parts += [args.distiller, *["+ GDA"] * (args.gda and not alone), *["no labels"] * (not args.labels)]
+    name, teacher = " ".join(parts), "" if alone or parts == ["test"] else args.teacher
     name = args.preset if args.preset not in ("auto", "none") else "auto" if name == "kd + GDA" else name
-    teacher = "" if args.distiller == "vanilla" else args.teacher
-    top1, protocol = PUBLISHED.get((name, args.dataset, teacher, args.student, shots), (None, ""))
-    return {"preset": name, "teacher": teacher, "shots": shots, "paper": top1 and {"top1": top1, "protocol": protocol}}
+    return {"preset": name, "teacher": teacher, "shots": shots,
+            "paper": published_row(PUBLISHED, name, args.dataset, teacher, args.student, shots)}
 
 
 # ------------------------------------------------------------------------------------------------ losses of both tasks
-# s and t are logits (B, C), or (G, B, C) for G groups; float32 always.
+# s_logits, t_logits: (B, C), or (G, B, C) for G groups; float32 always.
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over the classes, x - mean, and unbiased std, each (..., 1) or (..., C)."""
@@ -230,9 +233,9 @@ def standardise(x: Tensor) -> Tensor:
     return centred / (1e-7 + std)  # eq. (1)
 
 
-def cost_matrix(s: Tensor, t: Tensor) -> Tensor:
+def cost_matrix(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """L1 distances (G, B, B) of every student row to every teacher row, softened with T = 2."""
-    p, q = (torch.softmax(standardise(x.float().reshape(-1, *x.shape[-2:])) / 2, -1) for x in (s, t))
+    p, q = (torch.softmax(standardise(x.float().reshape(-1, *x.shape[-2:])) / 2, -1) for x in (s_logits, t_logits))
     return torch.cdist(p, q, p=1)  # eq. (2)
 
 
@@ -272,40 +275,40 @@ class TransportCost(torch.autograd.Function):
         return grad[:, None, None] * (P - (K * grad_K + PW) / ctx.eps), None, None
 
 
-def sinkhorn_loss(s: Tensor, t: Tensor) -> Tensor:
+def sinkhorn_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """Sum over the B x B plan, mean over groups."""
-    return TransportCost.apply(cost_matrix(s, t), 0.1, 20).mean()  # eq. (4)
+    return TransportCost.apply(cost_matrix(s_logits, t_logits), 0.1, 20).mean()  # eq. (4)
 
 
-def fisher_rao_loss(s: Tensor, t: Tensor) -> Tensor:
+def fisher_rao_loss(s_logits: Tensor, t_logits: Tensor) -> Tensor:
     """Mean over samples."""
-    (mean_s, _, std_s), (mean_t, _, std_t) = moments(s.float()), moments(t.float())
+    (mean_s, _, std_s), (mean_t, _, std_t) = moments(s_logits.float()), moments(t_logits.float())
     d2 = (mean_s - mean_t) ** 2
     ratio = (d2 + 2 * (std_s - std_t) ** 2) / (d2 + 2 * (std_s + std_t) ** 2).clamp(min=1e-12)
     return 2 * math.sqrt(2) * torch.atanh(ratio.clamp(1e-12, 1 - 1e-7).sqrt()).mean()  # eq. (5), D3
 
 
-def transport_stats(s: Tensor, t: Tensor) -> dict[str, Tensor]:
+def transport_stats(s_logits: Tensor, t_logits: Tensor) -> dict[str, Tensor]:
     """Share of the mass that goes from a sample's student to its own teacher prediction; cost of a unit of mass."""
     with torch.no_grad():
-        W = cost_matrix(s, t)
+        W = cost_matrix(s_logits, t_logits)
         P = transport(W)[0]
         return {"ot_diagonal": P.diagonal(dim1=1, dim2=2).mean(), "ot_cost": (P * W).sum(2).mean()}
 
 
-def kl_rows(s: Tensor, t: Tensor, T: float) -> Tensor:
+def kl_rows(s_logits: Tensor, t_logits: Tensor, T: float) -> Tensor:
     """Of each sample (N,): sum over classes, times T^2."""
-    log_p, log_q = (s / T).log_softmax(-1), (t / T).log_softmax(-1)
+    log_p, log_q = (s_logits / T).log_softmax(-1), (t_logits / T).log_softmax(-1)
     return T * T * (log_q.exp() * (log_q - log_p)).sum(-1)  # eq. (7)
 
 
-def dkd_loss(s: Tensor, t: Tensor, y: Tensor, alpha: float, beta: float, T: float) -> Tensor:
+def dkd_loss(s_logits: Tensor, t_logits: Tensor, y: Tensor, alpha: float, beta: float, T: float) -> Tensor:
     """Mean over samples, sum over bins, times T^2."""
-    target = F.one_hot(y, s.shape[-1]).bool()
-    logs = [(x / T).log_softmax(-1) for x in (s, t)]  # (N, C)
+    target = F.one_hot(y, s_logits.shape[-1]).bool()
+    logs = [(x / T).log_softmax(-1) for x in (s_logits, t_logits)]  # (N, C)
     rest = [x.masked_fill(target, -math.inf).logsumexp(-1, keepdim=True) for x in logs]  # of all but the target (N, 1)
     tckd = kl_rows(*(T * torch.cat((x.gather(1, y[:, None]), v), 1) for x, v in zip(logs, rest)), T).mean()
-    nckd = kl_rows(s - 1000 * T * target, t - 1000 * T * target, T).mean()
+    nckd = kl_rows(s_logits - 1000 * T * target, t_logits - 1000 * T * target, T).mean()
     return alpha * tckd + beta * nckd  # eq. (8)
 
 
@@ -313,30 +316,30 @@ def ramp(epoch: int, epochs: int, rate: float) -> float:
     return epoch / (epochs * rate) if epoch < int(epochs * rate) else 1.0
 
 
-def ce_rows(s: Tensor, t: Tensor) -> Tensor:
-    """CE of each sample (N,) with the class that t prefers."""
-    return F.cross_entropy(s, t.argmax(-1), reduction="none")
+def ce_rows(s_logits: Tensor, t_logits: Tensor) -> Tensor:
+    """CE of each sample (N,) with the class that the second logits prefer."""
+    return F.cross_entropy(s_logits, t_logits.argmax(-1), reduction="none")
 
 
-def adaptconf_weight(s: Tensor, t: Tensor, theta: float) -> Tensor:
+def adaptconf_weight(s_logits: Tensor, t_logits: Tensor, theta: float) -> Tensor:
     """Of each sample (N,), at most 0.5, without gradient."""
-    return torch.sigmoid((ce_rows(s, s) - ce_rows(s, t)).detach() / theta)  # eq. (10), D7
+    return torch.sigmoid((ce_rows(s_logits, s_logits) - ce_rows(s_logits, t_logits)).detach() / theta)  # eq. (10), D7
 
 
-def distill_terms(s: Tensor, t: Optional[Tensor], y: Tensor, epoch: int, args: Args) -> dict[str, Tensor]:
+def distill_terms(s_logits: Tensor, t_logits: Optional[Tensor], y: Tensor, epoch: int, args: Args) -> dict[str, Tensor]:
     """The terms gt, kd and align of eq. (11), few-shot of eq. (13), weighted; and fr, sk as they are.
 
     y: integers (N,) or soft rows (N, C), N = G * B. epoch: 0-based, few-shot 1-based, as published.
     """
     fewshot, confident = args.task == "fewshot", args.distiller in ("augconf", "adaptconf")
-    rows, zero = s.reshape(-1, s.shape[-1]), s.new_zeros(())
-    t_rows = None if t is None else t.reshape(rows.shape)
+    rows, zero = s_logits.reshape(-1, s_logits.shape[-1]), s_logits.new_zeros(())
+    t_rows = None if t_logits is None else t_logits.reshape(rows.shape)
     target = y if args.labels else t_rows.softmax(-1)
     terms = {"gt": args.gt_loss_weight * F.cross_entropy(rows, target), "kd": zero, "align": zero}
     if args.distiller == "vanilla":
         return terms
     if args.gda:
-        terms.update(fr=fisher_rao_loss(s, t), sk=sinkhorn_loss(s, t))
+        terms.update(fr=fisher_rao_loss(s_logits, t_logits), sk=sinkhorn_loss(s_logits, t_logits))
     fr, sk = terms.get("fr", zero), terms.get("sk", zero)
     gda = args.fisher_rao_lamda * fr + args.sinkhorn_lamda * sk  # eq. (6)
     a, r = 0.0, ramp(epoch, args.epochs, args.superalignment_rate)
@@ -350,10 +353,11 @@ def distill_terms(s: Tensor, t: Optional[Tensor], y: Tensor, epoch: int, args: A
         gda = gda if fewshot or args.dkd_fr else args.sinkhorn_lamda * sk  # D5
     else:
         base = kl_rows(rows, t_rows, args.T)
-    if fewshot and confident:
-        base = base + (rows.shape[-1] if args.distiller == "adaptconf" else 1) * (0.1 * fr + 0.0008 * sk)  # + G0: D6
+    if fewshot and confident:  # D6: G0, for each of the C columns in adaptconf
+        base = base + (rows.shape[-1] if args.distiller == "adaptconf" else 1) * (0.1 * fr + 0.0008 * sk)
     delta = args.kd_loss_weight
-    terms["kd"] = delta * ((1 - a) * base).mean() + (delta if fewshot or confident else 1) * gda  # eqs. (11), (13), D5
+    gda = delta * gda if fewshot or confident else gda  # D5
+    terms["kd"] = delta * ((1 - a) * base).mean() + gda  # eqs. (11), (13)
     if confident:
         terms["align"] = delta * (a * ce_rows(rows, rows)).mean()  # eqs. (11), (13)
     return terms
@@ -444,12 +448,12 @@ def grouped(net: nn.Module, x: Tensor, groups: int, forward: Callable, first: bo
     """forward on each of G groups, each with its own batch statistics; only the first moves the running ones."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     out = []
-    for g, part in enumerate(x.chunk(groups)):
+    for g, part in enumerate(x.tensor_split(min(groups, len(x)))):
         for m in norms:
-            m.track_running_stats = first and g == 0
+            m.track_running_stats = first and g == 0 and m.running_mean is not None
         out.append(forward(part))
     for m in norms:
-        m.track_running_stats = True
+        m.track_running_stats = m.running_mean is not None
     return torch.cat(out)
 
 
@@ -478,7 +482,7 @@ def start_processes(args: Args) -> tuple[int, int]:
         fail(f"{world} processes cannot share --virtual_gpus {args.virtual_gpus}; take a number that they divide")
     if world > 1:
         if args.device != "cpu" and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            args.device = str(pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=12))
     return rank, world
@@ -508,29 +512,33 @@ def classify(args: Args) -> dict:
             print("teacher: {teacher_top1:.2f} % zoomed, {teacher_top1_native:.2f} % native".format(**tops), flush=True)
         return max(tops.values())
 
+    student = build_model(args.student, data.num_classes, data.image_size)
+    student.to(run.device, memory_format=torch.channels_last)
     if args.distiller != "vanilla":
         teacher, info = get_teacher(args, data, score=score)
         run.note(teacher=info)
     elif args.norm != "auto":
         data.set_norm(args.norm)
     data.test_x = zoomed_x  # from here on everything is measured in the recipe's view  # D8
-    student = build_model(args.student, data.num_classes, data.image_size)
-    student.to(run.device, memory_format=torch.channels_last)
     for p in student.parameters() if world > 1 else ():
         p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
     optimizer = make_optimizer(student, args.lr, args.momentum, args.weight_decay, v0)
     groups = max(1, min(args.virtual_gpus, n // args.batch_size) // world) * world
     size = min(args.batch_size, n // groups)
+    if not size:
+        fail(f"{n} training images for {world} processes; start fewer")
     loss_args = replace(args, sinkhorn_lamda=args.sinkhorn_lamda * 128 / size)  # D2
-    if (groups, size) != (args.virtual_gpus, args.batch_size) or v0 and size != 128:
-        print(f"warning: {groups} groups of {size} images (asked for {args.virtual_gpus} of {args.batch_size}), so the "
-              f"weight of the transport is {loss_args.sinkhorn_lamda:.3g}")
+    if (groups, size) != (args.virtual_gpus, args.batch_size) and not rank:
+        print(f"warning: {groups} groups of {size} images instead of {args.virtual_gpus} of {args.batch_size}")
+    if v0 and size != 128 and not rank:
+        print(f"note: in groups of {size} the weight of the transport is {loss_args.sinkhorn_lamda:.3g} (D2)")
     run.note(norm=data.norm, groups=groups, group_size=size, sinkhorn_lamda=loss_args.sinkhorn_lamda, **tops,
              student_params_macs=count_params_macs(student, data.image_size))
     forward = torch.compile(student) if args.compile else student
     plan = schedule(args.recipe, args.epochs, args.lr, args.min_lr, args.warmup_epochs, args.warmup_lr)
     cropper = Cropper(data.image_size, data.image_size, run.device) if v0 else None
-    for epoch in range(run.restore(student=student, optimizer=optimizer), args.epochs):
+    start = run.restore(student=student, optimizer=optimizer)
+    for epoch in range(start, args.epochs):
         student.train()
         for group in optimizer.param_groups:
             group["lr"] = lr = lr_at(plan, epoch)
@@ -545,19 +553,19 @@ def classify(args: Args) -> dict:
                 x = data.augment(index, run.generator).chunk(world)[rank]
             # step 2: logits and losses
             with autocast(run.device, args.amp):
-                t = None if teacher is None else teacher(x).float()  # frozen: keeps no graph
-                s = grouped(student, x, groups // world, forward, first=rank == 0).float()
-            s, t = (None if v is None else v.view(-1, size, v.shape[-1]) for v in (s, t))  # (G, b, C)
-            terms = distill_terms(s, t, data.train_y[mine], epoch, loss_args)
+                s_logits = grouped(student, x, groups // world, forward, first=rank == 0).float()
+                t_logits = teacher and teacher(x).float().view(-1, size, data.num_classes)  # frozen: keeps no graph
+            s_logits = s_logits.view(-1, size, data.num_classes)  # (G, b, C)
+            terms = distill_terms(s_logits, t_logits, data.train_y[mine], epoch, loss_args)
             loss = terms["gt"] + terms["kd"] + terms["align"]  # eq. (11)
             # step 3: one update
             optimizer.zero_grad(set_to_none=True)
             (loss / world).backward()
             optimizer.step()
             if step % args.log_every == 0:
-                stats = transport_stats(s, t) if teacher is not None and args.gda else {}
+                stats = transport_stats(s_logits, t_logits) if teacher and args.gda else {}
                 run.log(step, epoch, loss_total=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats, lr=lr)
-        due = rank == 0 and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs)
+        due = rank == 0 and run.due(epoch, args.eval_every)
         go_on = run.end_epoch(epoch, student, evaluate(student, data)["top1"] if due else None)
         if world > 1:  # every process takes the first one's batch norm buffers and its decision to go on
             flag = torch.tensor(float(go_on), device=run.device)
@@ -631,6 +639,8 @@ class Learner(nn.Module):
     def __init__(self, arch: str, n_base: int, size: int):
         super().__init__()
         self.encoder = build_model(arch, n_base, size)
+        if not any(isinstance(m, nn.Linear) for m in self.encoder.modules()):
+            fail(f"{arch} has no Linear, whose input would be the features of an image; end it with one")
         self.temp = nn.Parameter(torch.tensor(10.0))
 
     def features(self, x: Tensor) -> Tensor:
@@ -639,8 +649,9 @@ class Learner(nn.Module):
     def load(self, path: Any, selected: bool) -> None:
         """An official or own file (selected: its best validation), strictly but for a missing head, tau or counter."""
         obj = read_checkpoint(path)
-        inner = [obj[k] for k in ("model_sd", *["selected"] * selected) if isinstance(obj, dict) and k in obj] or [obj]
-        found = {k.replace("classifier.linear.", "encoder.linear."): v for k, v in unwrap(inner[0], path).items()}
+        if isinstance(obj, dict):
+            obj = obj.get("model_sd", obj.get("selected", obj) if selected else obj)
+        found = {k.replace("classifier.linear.", "encoder.linear."): v for k, v in unwrap(obj, path).items()}
         own, spare = self.state_dict(), ("temp", "encoder.linear.weight", "encoder.linear.bias")
         found = {k: v for k, v in own.items() if k in spare or k.endswith("num_batches_tracked")} | found
         odd = sorted(k for k in {*own, *found} if k not in own or k not in found or own[k].shape != found[k].shape)
@@ -667,9 +678,12 @@ def fewshot_data(args: Args, device: Any) -> Data:
             content = safe_unpickle(path)
             if not isinstance(content, dict) or not {"data", "labels"} <= content.keys():
                 fail(f"{path}: no data and labels inside; fetch it again")
-            y = np.asarray(content["labels"], np.int64)
-            y -= y.min()
-            return np.asarray(content["data"]).transpose(0, 3, 1, 2), y, list(range(y.max() + 1))
+            x, y = np.asarray(content["data"]), np.asarray(content["labels"])
+            if (x.dtype, x.ndim, y.dtype.kind, y.shape) != (np.uint8, 4, "i", x.shape[:1]) or not len(y) or \
+                    x.shape[1:] != (x.shape[1], x.shape[1], 3):
+                fail(f"{path}: data must be uint8, N x S x S x 3, with an integer label for each; fetch it again")
+            names, y = np.unique(y, return_inverse=True)
+            return x.transpose(0, 3, 1, 2), y, names.tolist()
 
         data = Data("mini", lambda split: read(f"train_phase_{split}"), device, **limits, norm="imagenet")
         data.test_x = resized(data.test_x, size, size)
@@ -767,7 +781,8 @@ def episode_accuracy(feats: Tensor, labels: Tensor, shots: int, n_episodes: int,
 def plain_path(plan: Args, data: Data) -> Path:
     """Where the plain (vanilla) network of a stage is kept: <data_dir>/teachers/<data>_<backbone>-<stage>-<hash>.pt"""
     names = ["student", "epochs", "batch_size", "lr", "weight_decay", "momentum", "virtual_gpus", "limit_train", "amp",
-             "seed", *(("way", "query", "episodes", "metric", "fs_shots") if plan.stage == "meta" else ())]
+             "seed", "gt_loss_weight", "eval_every"]
+    names += ["way", "query", "episodes", "metric", "fs_shots"] * (plan.stage == "meta")
     code = Path(plan.student.rpartition(":")[0]).read_text() if ".py:" in plan.student else ""
     facts = json.dumps([[getattr(plan, name) for name in names], code, data.mean, data.std, data.fingerprint])
     name = f"{data.name}_{short_name(plan.student)}-{plan.stage}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}.pt"
@@ -779,7 +794,8 @@ def plain_file(args: Args, arch: str, stage: str, data: Data) -> Path:
     own = args.smoke or stage == args.stage.replace("all", "classifier")
     values = asdict(args) if own else published({**asdict(args), "stage": stage, "distiller": "vanilla"})
     wanted = replace(args, student=arch, stage=stage, distiller="vanilla", teacher_meta_model=False, student_ckpt="",
-                     seed=0, resume="", **{k: values[k] for k in ("epochs", "lr", "virtual_gpus")})
+                     seed=0, resume="", labels=True, gt_loss_weight=1.0,
+                     **{k: values[k] for k in ("epochs", "lr", "virtual_gpus")})
     if not plain_path(wanted, data).is_file():
         with rng_kept():
             train_missing(plain_path(wanted, data), wanted, data, fewshot)
@@ -815,19 +831,18 @@ def fewshot_test(learner: Learner, data: Data, args: Args, name: str) -> dict[st
 
 def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     args.student, args.teacher = (BOTTLE.get(n, n) for n in (args.student, args.teacher))
+    given = getattr(args, "given", ())
     for trouble, message in (
-            (args.dataset != args.fs_data, "takes its data from --fs_data, not from --dataset"),
-            (min(*args.fs_shots or [0], args.way - 1, args.query, args.virtual_gpus, args.meta_epochs) < 1 or
-             args.episodes < 8, "needs 8 --episodes, way 2, fs_shots, query, virtual_gpus, meta_epochs of 1 or more"),
+            ("dataset" in given and args.dataset != args.fs_data, "takes its data from --fs_data, not from --dataset"),
+            (min(*args.fs_shots or [0], args.way - 1) < 1 or args.episodes < 8,
+             "needs --episodes of 8 or more, --way of 2 or more, --fs_shots of 1 or more"),
             (args.select != "last", "reports both selections by itself; --select best_test is for --task classify"),
             (int(os.environ.get("WORLD_SIZE", 1)) > 1, "runs in one process; its groups are --virtual_gpus"),
             (args.stage == "test" and not args.student_ckpt, "--stage test scores a file: --student_ckpt FILE"),
             (args.teacher_meta_model and args.stage != "meta", "--teacher_meta_model: it serves --stage meta only")):
         if trouble:
             fail(f"--task fewshot {message}")
-    if args.distiller in ("dkd", "augconf") and args.superalignment_threshold > 1:
-        print(f"warning: theta {args.superalignment_threshold:g} > 1 makes the weight of the distillation negative")
-    first = str(args.fs_shots[0])
+    args.dataset, first = args.fs_data, str(args.fs_shots[0])
     if args.evaluate:
         data, path = fewshot_data(args, pick_device(args.device)), Path(args.evaluate)
         learner = Learner(args.student, data.num_classes, data.size).to(data.device, memory_format=torch.channels_last)
@@ -839,10 +854,12 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     n, stages = len(data.train_x), [s for s in ("classifier", "meta") if args.stage in (s, "all")]
     plans, teacher = {s: replace(args, stage=s) for s in stages}, None
     if args.stage == "all":  # the flags speak of the classifier stage; the meta stage has published values of its own
-        own = ["lr", "virtual_gpus", "sinkhorn_lamda", *({"T", "superalignment_threshold"} - {*args.given})]
+        own = ["lr", "virtual_gpus", *({"T", "superalignment_threshold", "sinkhorn_lamda"} - {*given})]
         meta = published({**asdict(args), "stage": "meta"})
         plans["meta"] = replace(plans["meta"], epochs=args.meta_epochs, **{k: meta[k] for k in own})
     learner = Learner(args.student, data.num_classes, data.size).to(run.device, memory_format=torch.channels_last)
+    if args.student_ckpt and stages:  # what is wrong with it shows now
+        deepcopy(learner).load(args.student_ckpt, selected=False)
     if args.distiller != "vanilla" and stages:
         teacher, info = fewshot_teacher(args, data)
         run.note(teacher=info)
@@ -862,7 +879,8 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
     order = [(s, e) for s in stages for e in range(plans[s].epochs)]
     run.epochs, y_query = len(order), query_labels(PER_STEP, args.way, args.query).to(run.device)
     split = partial(split_episodes, episodes=PER_STEP, way=args.way, shots=args.fs_shots[0])
-    for epoch in range(run.restore(student=learner, optimizer=optimizer, best=best), len(order)):
+    start = run.restore(student=learner, optimizer=optimizer, best=best)
+    for epoch in range(start, len(order)):
         stage, e = order[epoch]
         plan = plans[stage]
         for group in optimizer.param_groups:
@@ -885,44 +903,45 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
                 crops[4] = 0  # bilinear only
                 x, y = data.normalize(cropper(data.train_x[index], crops)), data.train_y[index]
                 with autocast(run.device, args.amp):
-                    s = grouped(learner, x, plan.virtual_gpus, forward).float()
-                    t = teacher and teacher.encoder(x).float()
+                    s_logits = grouped(learner, x, plan.virtual_gpus, forward).float()
+                    t_logits = teacher and teacher.encoder(x).float()
             # step 2, meta: logits of the queries of 4 episodes (Q, way)
             else:
                 with autocast(run.device, args.amp):
-                    s = grouped(learner, data.normalize(base_x[index]), plan.virtual_gpus, features).float()
-                s = episode_logits(*split(s), args.metric, learner.temp).flatten(0, 1)  # eq. (12)
-                t = teacher and episode_logits(*split(t_feats[index]), args.metric, teacher.temp).flatten(0, 1)
+                    feats = grouped(learner, data.normalize(base_x[index]), plan.virtual_gpus, features).float()
+                s_logits = episode_logits(*split(feats), args.metric, learner.temp).flatten(0, 1)  # eq. (12)
+                t_logits = teacher and episode_logits(*split(t_feats[index]), args.metric, teacher.temp).flatten(0, 1)
                 y = y_query
-            terms = distill_terms(s, t, y, e + 1, plan)
+            terms = distill_terms(s_logits, t_logits, y, e + 1, plan)
             loss = terms["gt"] + terms["kd"] + terms["align"]  # eq. (13)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             if step % args.log_every == 0:
-                stats = transport_stats(s, t) if teacher and args.gda else {}
+                stats = transport_stats(s_logits, t_logits) if teacher and args.gda else {}
                 run.log(step, epoch, loss_total=loss, **{f"loss_{k}": v for k, v in terms.items()}, **stats,
                         lr=group["lr"], tau=learner.temp)
         if (e + 1) % args.eval_every == 0 or e + 1 == plan.epochs:
             if stage == "classifier":
-                scores = {"heldout_top1": evaluate(learner.encoder, data)["top1"]}
+                name, score = "heldout_top1", evaluate(learner.encoder, data)["top1"]
             else:
-                feats = encode(learner, data, data.val[0])
-                scores = {"val_top1": episode_accuracy(feats, data.val[1], args.fs_shots[0], args.episodes, args)[0]}
-            score = torch.tensor(*scores.values())
+                name, feats = "val_top1", encode(learner, data, data.val[0])
+                score, _ = episode_accuracy(feats, data.val[1], args.fs_shots[0], args.episodes, args)
             if score > best.score:  # sync
-                best.load_state_dict({**learner.state_dict(), "score": score})
-            run.log(step, epoch, loss_total=loss, **scores)
+                best.load_state_dict({**learner.state_dict(), "score": torch.tensor(score)})
+            run.log(step, epoch, loss_total=loss, **{name: score})
         if e + 1 == plan.epochs:
             last, selected = ({k: v.cpu() for k, v in m.state_dict().items() if k != "score"} for m in (learner, best))
-            for path in (run.dir / f"{stage}.pt", *([] if teacher else [plain_path(plan, data)])):
+            plain = not teacher and (stage == "classifier" or not args.student_ckpt and args.stage == "meta")
+            for path in (run.dir / f"{stage}.pt", *[plain_path(plan, data)] * plain):
                 save(path, {"state_dict": last, "selected": selected, "arch": args.student, "stage": stage})
         if not run.end_epoch(epoch, learner, None):
             return run.finish({})
     # step 3, test: of each stage the last epoch and the one selected on held-out data; the last of these is the result
     results, tops = {}, fewshot_test(teacher, data, args, f"teacher {args.teacher}") if teacher else {}
+    scored = {"classifier": (False, True), "meta": (True, False), "test": (False,)}
     for stage in stages or ["test"]:
-        for chosen in {"classifier": (False, True), "meta": (True, False), "test": (False,)}[stage]:
+        for chosen in scored[stage]:
             name = f"{stage}, {'selected' if chosen else 'last'}"
             learner.load(run.dir / f"{stage}.pt" if stages else args.student_ckpt, chosen)
             results[name] = fewshot_test(learner, data, args, name)
@@ -935,6 +954,10 @@ def fewshot(args: Args, data: Optional[Data] = None) -> dict:
 def main(args: Args) -> dict:
     if args.distiller == "vanilla" and not args.labels:
         fail("--distiller vanilla --no_labels leaves nothing to learn from; choose another --distiller")
+    if args.distiller == "adaptconf" and not args.superalignment_threshold:
+        fail("--superalignment_threshold 0: eq. (10) divides by it; give more")
+    if args.distiller in ("dkd", "augconf") and args.superalignment_threshold > 1:
+        print(f"warning: theta {args.superalignment_threshold:g} > 1 makes the weight of the distillation negative")
     if args.task == "fewshot":
         return fewshot(args)
     for flag in ("teacher", "student"):

@@ -1,8 +1,8 @@
 """NetGraft: small blocks are grafted into the teacher one at a time, then joined, until they are the student.
 
 Paper   Shen et al., "Progressive Network Grafting for Few-Shot Knowledge Distillation", AAAI 2021, arXiv 2012.04915
-Data    K images per class of the teacher's training set (default 10). Labels serve only to draw the same number per
-        class, and unlabelled images of your own do as well; the test split only for reporting.
+Data    K images per class (default 10); labels serve only to draw as many of each class, unlabelled images of your own
+        do as well; the test split only for reporting.
 Result  published, best test epoch, mean of 5 runs: CIFAR-10, 10 shots 92.89 of a teacher with 92.83 (rows: PUBLISHED)
 
 Teacher and student are cut into blocks B_0..B_N and S_0..S_N (stem, stages, head). Leading blocks of one architecture
@@ -43,10 +43,9 @@ Deviations from the published code
   python netgraft.py --dataset cifar10       # the published 10-shot run; --shots 1 ... 50 for the others
 """
 import hashlib
-import json
 import math
-import re
 from collections import OrderedDict, namedtuple
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,9 +61,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from common import (
     PADDING, Data, ResBlock, ResNet, Run, VGGBlocks, WideBlock, WideResNet, accuracy, agreement, autocast, batches,
     build_model, cli, count_params_macs, crop_flip, evaluate_file, fail, get_teacher, is_state_dict, load_data,
-    load_teacher, per_call, read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
-
-PAIR = ("netgraft_vgg16", "netgraft_vgg16_student")
+    load_teacher, per_call, published_row, read_checkpoint, read_images, read_json, safe_unpickle, shapes_of)
 
 
 @dataclass
@@ -126,12 +123,11 @@ PRESETS = {
     "smoke": {"*": dict(dataset="shapes", teacher="resnet14", student="resnet8", limit_train=300, limit_test=200,
                         shots=2, epochs_block=(2,), epochs_net=(2,), log_every=1, allow_weak_teacher=True)}}
 ALIASES = {"nshot": "shots", "num_per_class": "shots"}
+PAIR = ("netgraft_vgg16", "netgraft_vgg16_student")
 PUBLISHED = {("auto", dataset, *PAIR, shots): (top1, "best test epoch, mean of 5 runs") for dataset, row in {
     "cifar10": (90.74, 92.60, 92.70, 92.77, 92.88, 92.84, 92.77, 92.83, 92.88, 92.89, 92.78, 92.76),
     "cifar100": (64.22, 66.51, 67.35, 67.69, 68.16, 68.38, 68.46, 68.78, 68.77, 68.86, 69.04, 69.06)}.items()
-    for shots, top1 in zip((*range(1, 11), 20, 50), row)}
-
-
+    for shots, top1 in zip((*range(1, 11), 20, 50), row)}  # preset, data, teacher, student, shots -> top-1, protocol
 SCHEDULES = {  # for 10 shots; stage 1 graft by graft, stage 2 for 2 and 3 joined grafts
     "cifar10": dict(s1_epochs=(100, 60, 60), s2_epochs=(100, 100), s1_lr_block=(2.5e-4, 2.5e-4, 2.5e-4),
                     s1_lr_t2s=(2.5e-3, 2.5e-3), s1_lr_s2t=(2.5e-3, 2.5e-3)),
@@ -140,7 +136,7 @@ SCHEDULES = {  # for 10 shots; stage 1 graft by graft, stage 2 for 2 and 3 joine
 
 
 def hparams(dataset: str, shots: float, scale: bool = True) -> dict[str, Any]:
-    """The published values for any number of images per class; other data take the column nearest in classes."""
+    """The published values for any number of images per class; `dataset` is the column: cifar10 up to 10 classes."""
     f = shots / 10 if scale else 1.0
     batch = max(2, int(64 * f))
     values = {k: tuple(f * v for v in row) if "_lr_" in k else row for k, row in SCHEDULES[dataset].items()}
@@ -158,7 +154,8 @@ def cut(net: nn.Module) -> list[nn.Module]:
         return [*net.features, nn.Sequential(nn.Flatten(), net.classifier)]
     mean = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if isinstance(net, ResNet):
-        stem = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *[nn.MaxPool2d(3, 2, 1)] * (net.stem == "imagenet"))
+        pool = [nn.MaxPool2d(3, 2, 1)] if net.stem == "imagenet" else []
+        stem = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), *pool)
         return [stem, *(getattr(net, f"layer{i + 1}") for i in range(net.stages)), nn.Sequential(*mean, net.linear)]
     if isinstance(net, WideResNet):
         head = nn.Sequential(net.bn1, nn.ReLU(), *mean, net.fc)
@@ -231,6 +228,7 @@ class Graft(nn.Sequential):
 
 
 VIEWS = 2 * (2 * PADDING + 1) ** 2  # crops and flips of an image: 162
+Phase = namedtuple("Phase", "name first stop begin end optimizer")  # grafts first..stop learn, epochs begin..end
 
 
 def view_images(data: Data, x: Tensor, rows: Tensor) -> Tensor:
@@ -266,7 +264,7 @@ class Outputs:
     def keep(self, wanted: set[int]) -> None:
         """Keep these cuts as far as there is room (the logits first, then from the front) and free the others."""
         n, room, chosen = sum(map(len, self.parts)), self.room, []
-        for c in sorted(wanted - {1}, key=lambda c: (c != len(self.blocks), c)):  # a stem is sooner computed than kept
+        for c in sorted(wanted - {0, 1}, key=lambda c: (c != len(self.blocks), c)):  # a stem is sooner made than kept
             if 4 * n * math.prod(self.shapes[c]) <= room:
                 chosen, room = [*chosen, c], room - 4 * n * math.prod(self.shapes[c])
         self.kept = {c: h for c, h in self.kept.items() if c in chosen}
@@ -285,9 +283,6 @@ class Outputs:
         return torch.cat([net(self.at(rows, [place])[0]).float() for rows in self.parts])
 
 
-Phase = namedtuple("Phase", "name first stop begin end optimizer")  # grafts first..stop learn, epochs begin..end
-
-
 def make_phases(scion: nn.Sequential, hp: dict[str, Any]) -> list[Phase]:
     """Stage 1: each graft by itself; stage 2: the first 2, 3 ... of them. A list too short repeats its last entry."""
     def nth(key: str, i: int) -> Any:
@@ -304,7 +299,7 @@ def make_phases(scion: nn.Sequential, hp: dict[str, Any]) -> list[Phase]:
                 nth("s1_lr_t2s", first - 1) if part is graft[0] else nth("s1_lr_s2t", first))} for part in graft]
         phases.append(Phase(name, first, stop, end, end + epochs, torch.optim.Adam(groups, fused=True)))
         end += epochs
-    return phases
+    return [phase for phase in phases if phase.end > phase.begin]
 
 
 def epoch_parts(n: int, batch_size: int, generator: Optional[torch.Generator] = None) -> list[Tensor]:
@@ -317,7 +312,7 @@ def graft_step(forward: Callable, optimizer: torch.optim.Optimizer, h: Tensor, t
     """One update; forward runs from the input h of the scion to the logits."""
     with autocast(h.device, amp):
         s_logits = forward(h)
-    loss = loss_fn(s_logits.float(), t_logits)  # eq. (1) or eq. (2)
+    loss = loss_fn(s_logits.to(t_logits.dtype), t_logits)  # eq. (1) or eq. (2)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -402,13 +397,16 @@ def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, dict[str, An
     source, drawn = args.fewshot_file or args.fewshot_dir, None
     if args.fewshot_dir and args.fewshot_file:
         fail("--fewshot_dir and --fewshot_file both bring the images; give one of them")
-    if source:
+    if args.fewshot_file:
+        x = np.asarray(safe_unpickle(source))
+    elif source:
+        paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            fail(f"{source} holds no images; give 2 or more")
         try:
-            paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            x = (np.asarray(safe_unpickle(source)) if args.fewshot_file else read_images(
-                paths or fail(f"{source} holds no images; give 2 or more"), data.image_size).transpose(0, 3, 1, 2))
+            x = read_images(paths, data.image_size).transpose(0, 3, 1, 2)
         except ValueError as e:
-            fail(f"{source}: {e}")
+            fail(str(e))
     else:
         seed = args.fewshot_seed if args.fewshot_seed >= 0 else 6 if data.num_classes <= 10 else 10
         x, _, drawn = data.few_shot(args.shots, "netgraft", seed)
@@ -423,7 +421,7 @@ def few_shot_images(args: Args, data: Data) -> tuple[Tensor, float, dict[str, An
 def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes: int, size: int) -> tuple:
     """load_teacher, and files with an unfolded VGG scion: ours of --no-fold, the official one (without the prefix)."""
     state = read_checkpoint(path)
-    if not is_state_dict(state) or not {"0.1.weight", "scion.0.1.weight"} & state.keys():
+    if arch or not is_state_dict(state) or not {"0.1.weight", "scion.0.1.weight"} & state.keys():
         return load_teacher(path, arch, num_classes, size)
     teacher, student = (build_model(name, num_classes) for name in PAIR)
     if "0.1.weight" in state:
@@ -441,6 +439,14 @@ def read_student(teacher_ckpt: str, path: Any, arch: Optional[str], num_classes:
     return net.eval(), {"arch": f"{PAIR[1]} with 1x1 convs", "norm": derived.get("norm")}
 
 
+def check_teacher(args: Args, hp: dict[str, Any], student: nn.Module, size: int, teacher: nn.Module) -> None:
+    start, scion = match(teacher, student, size, args.adapt_bias)
+    if args.init == "teacher" and (isinstance(teacher, nn.Sequential) or not start):
+        fail("--init teacher knows netgraft_vgg16, and resnet and wrn pairs of one stem")
+    if not make_phases(scion, hp) or hp["s1_batch"] < 2:
+        fail("nothing to train: --epochs_block or --epochs_net must be above 0, --batch_size above 1")
+
+
 def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_file(args, partial(read_student, args.teacher_ckpt))
@@ -452,20 +458,18 @@ def main(args: Args) -> dict:
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
     x_real, shots, facts = few_shot_images(args, data)
-    teacher, info = get_teacher(args, data)
-    student = build_model(args.student, data.num_classes, data.image_size).to(run.device)
-    # on maps of 4x4 and 2x2, as in VGG's deep blocks, plain NCHW takes half the time on a CPU
-    layout = torch.contiguous_format if isinstance(teacher, VGGBlocks) else torch.channels_last
-    start, scion = match(teacher.to(memory_format=layout), student, data.image_size, args.adapt_bias)
-    scion.to(run.device, memory_format=layout)
-    t_blocks, stop, adapted = cut(teacher), start + len(scion), len(scion[0]) > 1
+    student = build_model(args.student, data.num_classes, data.image_size)
     hp = hparams("cifar10" if data.num_classes <= 10 else "cifar100", shots, args.scale_with_shots)
     flags = {"s1_epochs": args.epochs_block, "s2_epochs": args.epochs_net, "s1_lr_block": args.lr_block, "s1_lr_t2s":
              args.lr_t2s, "s1_lr_s2t": args.lr_s2t, "s1_batch": args.batch_size, "s2_batch": args.batch_size}
     hp.update({key: value for key, value in flags.items() if value}, s2_lr=args.lr_net)
-    phases = [phase for phase in make_phases(scion, hp) if phase.end > phase.begin]
-    if not phases or hp["s1_batch"] < 2:
-        fail("nothing to train: --epochs_block or --epochs_net must be above 0, --batch_size above 1")
+    teacher, info = get_teacher(args, data, check=partial(check_teacher, args, hp, deepcopy(student), data.image_size))
+    # on maps of 4x4 and 2x2, as in VGG's deep blocks, plain NCHW takes half the time on a CPU
+    layout = torch.contiguous_format if isinstance(teacher, VGGBlocks) else torch.channels_last
+    start, scion = match(teacher.to(memory_format=layout), student.to(run.device), data.image_size, args.adapt_bias)
+    scion.to(run.device, memory_format=layout)
+    t_blocks, stop = cut(teacher), start + len(scion)
+    phases = make_phases(scion, hp)
     graft = {p.name: Graft(t_blocks[start:start + p.first], scion[p.first:p.stop], t_blocks[start + p.stop:])
              for p in phases}
     whole, shapes = Graft((), scion, t_blocks[stop:]), cut_shapes(t_blocks, data.image_size)
@@ -477,8 +481,7 @@ def main(args: Args) -> dict:
 
     def top1(net: nn.Module) -> float:
         return accuracy(tests.predict(net, start), data.test_y)["top1"]
-    if args.init == "teacher" and isinstance(teacher, nn.Sequential):
-        fail("--init teacher knows resnet and wrn pairs and netgraft_vgg16, not a network of your own")
+
     if args.init == "teacher" and not (run.dir / "ckpt_last.pt").is_file():  # step 0
         rows = torch.arange(0, VIEWS * len(x_real), max(1, VIEWS * len(x_real) // 1500), device=run.device)
         for b, x in enumerate(views.at(rows, list(range(start, stop)))):
@@ -518,7 +521,7 @@ def main(args: Args) -> dict:
                 run.log(step, epoch, phase=number, **{f"acc_{phase.name}": alone})
                 where += f": {alone:.2f} %"
             if not run.end_epoch(epoch, scion, score, where if due or done in (1, total) else None):
-                run.finish({})
+                return run.finish({})
         begin = phase.end
     # step 4: the 1x1 convs go into their neighbours
     unfolded, trained = Graft(t_blocks[:start], scion, t_blocks[stop:]), tests.predict(whole, start)
@@ -526,7 +529,7 @@ def main(args: Args) -> dict:
     if run.best_state:
         scion.load_state_dict(run.best_state[""])
         trained = tests.predict(whole, start)
-    if adapted:
+    if len(scion[0]) > 1:  # there are 1x1 convs
         student = fold_student(unfolded.prefix, scion) if args.fold else unfolded  # D2
     s_logits = trained if student is unfolded else tests.predict(nn.Sequential(*cut(student)[start:]), start)
     sizes = {name: (*count_params_macs(model, data.image_size), accuracy(logits, data.test_y)["top1"])
@@ -536,13 +539,10 @@ def main(args: Args) -> dict:
     for name, (params, macs, score) in sizes.items():
         print(f"{name:<10}  {params:>10,} parameters  {macs / 1e6:8.2f} M MACs  {score:6.2f} %")
     print(f"largest difference of a test logit, student.pt to as trained: {difference:.1e} of the largest logit")
-    logged = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    tops = {key[4:]: value for line in logged for key, value in line.items() if re.fullmatch(r"acc/.+/\d+", key)}
-    paper = PUBLISHED.get((args.preset, args.dataset, args.teacher, args.student, shots))
+    key = (args.preset, args.dataset, args.teacher, args.student, shots if facts["shots"] else None)
     return run.finish({
         "shots": shots, "teacher_top1": info["top1"], **row, "n_test": len(data.test_y), "real_images": len(x_real),
-        "phases": tops, "sizes": sizes, "fold_difference": difference,
-        "paper": paper and dict(zip(("top1", "protocol"), paper))}, student)
+        "sizes": sizes, "fold_difference": difference, "paper": published_row(PUBLISHED, *key)}, student)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Paper   J. Wang, "Prior-Guided Deep Inversion for Few-Shot Knowledge Distillation" (code: the public PGDI repository).
         Parent: Fang et al., "Up to 100x Faster Data-Free Knowledge Distillation", AAAI 2022, arXiv 2112.06253.
-Data    K labelled training images per class (default 5), never augmented; the test split only for reporting.
+Data    K labelled training images per class (default 5), not augmented (--augment_real does); the test split only for
+        reporting.
 Result  published, best test epoch of one run: CIFAR-100 WRN-40-2 -> WRN-16-1, 5 shots 53.65 (all rows: PUBLISHED)
 
 Once    the teacher sees the shots: features f_s, logits l_s, and for each class p_c = mean softmax(l_s / 2)
@@ -12,11 +13,12 @@ Each epoch
        L     = bn*L_bn + oh*L_oh + adv*L_adv + guidance_loss_w*L_feat + logits_guidance_w*L_log                   (1)
        L_bn  = sum_l ||V_l - v_l||_2 + ||M_l - m_l||_2    norm over channels, sum over batch-norm layers          (2)
                m_l, v_l: mean and biased variance of the layer's input; from the second call on blended with their
-               running average,  m_l <- (1-bn_mmt)*m_l + bn_mmt*A_l,  A_l <- bn_mmt*A_l + (1-bn_mmt)*m_l          (3)
+               running average,  m_l <- (1-bn_mmt)*m_l + bn_mmt*A_l; then A_l <- bn_mmt*A_l + (1-bn_mmt)*(the m_l
+               of the last step before blending)                                                                  (3)
        L_oh  = CE(T(v), y)                                mean over batch                                         (4)
        L_adv = -mean_i [T and S agree on i] KL(T(v_i) || S(v_i))   from epoch `warmup` on                         (5)
        L_feat= sum_c m_c MMD_c / sum_c m_c                m_c generated images of class c                         (6)
-       MMD_c = mean k(x, x') + mean k(f, f') - 2 mean k(x, f),  k(a, b) = sum_s exp(-|a-b|^2 / 2s^2)              (7)
+       MMD_c = mean k(x, x') + mean k(f, f') - 2 mean k(x, f) or 0,  k(a, b) = sum_s exp(-|a-b|^2 / 2s^2)         (7)
        L_log = mean_i 0.997 KL(p_y || softmax(t_i / 2)) + 0.003 min_s |t_i - l_s|^2      s: shots of class y      (8)
   3. keep the batch of the lowest L as 8-bit images in the pool; G takes one Adam step (rate lr_g*g_steps) along the
      sum of the g_steps gradients of F                    first-order MAML                                        (9)
@@ -36,7 +38,8 @@ Deviations from the published code
   D4 one teacher pass per synthesis step, not two; no hooks in step 4, the shots' logits cached, the pool in memory: the
      same numbers (tests/test_pgdi.py)
   D5 kept: L_adv starts one epoch before the student learns; resets fall before the last epoch of a 200-epoch run; the
-     cosine of the rate is 200 epochs long whatever --epochs is; the balanced sampler prefers low classes
+     cosine of the rate is 200 epochs long whatever --epochs is; the balanced sampler prefers low classes; the means of
+     (7) leave out a = b only where a class has as many generated images as shots
 
   python pgdi.py --smoke                                                                     # no download, a minute
   python pgdi.py --dataset cifar100 --teacher wrn40_2 --student wrn16_1 --shots 5 --seed 2   # the row above
@@ -59,8 +62,8 @@ from torch import Tensor
 
 from common import (
     ChannelStatistics, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
-    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, quantize, read_checkpoint,
-    write_atomic)
+    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, published_row, quantize,
+    read_checkpoint, write_atomic)
 
 
 @dataclass
@@ -105,8 +108,9 @@ class Args:
     warmup: int = 20  # epochs that only fill the pool
     ep_steps: int = 400  # ep_steps // kd_steps rounds of steps 1-4 per epoch
     kd_steps: int = 400  # student steps per round
-    synthesis_batch_size: int = 512  # images per round; 0 = no synthesis
-    g_steps: int = 10  # steps on F and z per round
+    # steps 1-3
+    synthesis_batch_size: int = 512  # images per round; 0 = batch_size
+    g_steps: int = 10  # steps on F and z per round; 0 = no synthesis
     lr_g: float = 5e-3  # rate of F; G takes lr_g * g_steps
     lr_z: float = 0.015  # rate of z
     ngf: int = 64  # width of the generator
@@ -124,6 +128,7 @@ class Args:
     reset_l0: int = 200  # every so many epochs G's first layers are drawn anew; 0 = never
     reset_bn: int = 200  # every so many epochs G's batch norms are drawn anew; 0 = never
     reset_once: bool = False  # the first layers only once instead, 120 epochs after the warm-up (Fast-Datafree)
+    # step 4
     alpha_schedule: Literal["cosine", "linear", "none"] = "cosine"  # eq. (11); none = the initial value until the stop
     alpha_initial: float = 0.9  # weight of the real images at epoch 0
     alpha_final_stage: float = 0.2  # and from the stop on
@@ -139,19 +144,27 @@ PAIRS = (("resnet34", "resnet18"), ("vgg11", "resnet18"), ("wrn40_2", "wrn16_1")
          ("wrn40_2", "wrn16_2"))
 SCRIPT = {(dataset, *pair): {} for dataset in ("cifar10", "cifar100") for pair in PAIRS} | {
     ("tiny_imagenet", "resnet34", "resnet18"): {}}  # only one script is published: its values serve every pair
-FAST_ADV_OH = {"resnet34": (1.33, 0.5), "vgg11": (1.0, 0.5), "wrn40_2": (1.1, 0.4)}
+
+
+def fast(look: dict) -> dict:
+    """Fast-Datafree: no real images, weights by the teacher."""
+    adv, oh = {"resnet34": (1.33, 0.5), "vgg11": (1.0, 0.5)}.get(look["teacher"], (1.1, 0.4))
+    return dict(shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
+                real_fewshot_initial=0, real_fewshot_final_stage=0, epochs=220, synthesis_batch_size=256, bn=10.0,
+                oh=oh, adv=adv, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=0, reset_bn=0, reset_once=True)
+
+
+def long(look: dict) -> dict:
+    return dict(epochs=1200 if look["teacher"] == "resnet34" else 800, mixed_distill_stop_epoch=300)
+
+
 PRESETS = {
     "auto": SCRIPT,
     "script": SCRIPT,
     "described": {"*": dict(feature_grad=1), **SCRIPT},
-    "long": {pair: dict(epochs=1200 if pair[1] == "resnet34" else 800, mixed_distill_stop_epoch=300)
-             for pair in SCRIPT},
-    "fast": {"*": dict(shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
-                       real_fewshot_initial=0, real_fewshot_final_stage=0, epochs=220, synthesis_batch_size=256,
-                       bn=10.0, oh=0.4, adv=1.1, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=0, reset_bn=0,
-                       reset_once=True),
-             **{pair: dict(zip(("adv", "oh"), FAST_ADV_OH[pair[1]])) for pair in SCRIPT}},
-    "fewshot_kd": {"*": dict(synthesis_batch_size=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
+    "long": {"*": long, **SCRIPT},
+    "fast": {"*": fast, **SCRIPT},
+    "fewshot_kd": {"*": dict(g_steps=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
                              real_fewshot_final_stage=256, augment_real=True), **SCRIPT},
     "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", shots=5, epochs=17, warmup=3,
                        ep_steps=50, kd_steps=50, batch_size=48, synthesis_batch_size=64, ngf=16, lr=0.1, lr_tmax=14,
@@ -226,7 +239,7 @@ def kd_loss(s_logits: Tensor, t_logits: Tensor, n_real: int, alpha: float, T: fl
 def adv_loss(s_logits: Tensor, t_logits: Tensor, adv_grad: str = "student") -> Tensor:
     """Eq. (5): only where both name the same class; divided by the batch size, not by their number."""
     agree = s_logits.argmax(1) == t_logits.argmax(1)
-    return -(agree * kl_rows(s_logits, t_logits.detach() if adv_grad == "student" else t_logits)).mean()
+    return -(agree * kl_rows(s_logits, t_logits.detach() if adv_grad == "student" else t_logits)).mean()  # eq. (5)
 
 
 def bn_loss(now: Tensor, running: Tensor, sizes: list[int]) -> Tensor:
@@ -271,7 +284,7 @@ def feature_prior(feat: Tensor, targets: Tensor, shots: "Shots", kind: str = "mm
         sxx / m.clamp(min=1) ** 2 + shots.syy / n.clamp(min=1) ** 2)
     mmd = (within - 2 * sxy / (m * n).clamp(min=1)).clamp(min=0)  # eq. (7)
     weight = m * (n > 0)
-    return (weight * mmd).sum() / weight.sum().clamp(min=1)
+    return (weight * mmd).sum() / weight.sum().clamp(min=1)  # eq. (6)
 
 
 def logits_prior(t_logits: Tensor, targets: Tensor, shots: "Shots", kind: str = "hybrid_kl_min_l2", T: float = 2.0,
@@ -288,7 +301,7 @@ def logits_prior(t_logits: Tensor, targets: Tensor, shots: "Shots", kind: str = 
     if kind != "kl_softmax":
         square = (t_logits[:, None] - shots.logits[targets]).square().sum(2)  # (B, n)
         l2 = mean(square.masked_fill(~shots.valid[targets], math.inf).amin(1))
-    return hybrid * kl + (1 - hybrid) * l2 if kind == "hybrid_kl_min_l2" else kl + l2, kl, l2
+    return hybrid * kl + (1 - hybrid) * l2 if kind == "hybrid_kl_min_l2" else kl + l2, kl, l2  # eq. (8)
 
 
 class Shots:
@@ -310,6 +323,9 @@ class Shots:
 
 # --------------------------------------------------------------------------------------------- steps 1-3: synthesis
 
+FEATURE_LAYERS = {"all_conv": nn.Conv2d, "bn_hooks": nn.BatchNorm2d, "none": ()}
+
+
 @contextlib.contextmanager
 def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[dict[str, list]]:
     """While open, each pass of the teacher appends the statistics of its BN inputs and the features of the images."""
@@ -325,9 +341,8 @@ def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[d
         h = inputs[0] if feature_grad else inputs[0].detach()  # D1
         taps["feat"].append(wide(h).mean((2, 3)))  # (B, C_l)
 
-    kind = {"all_conv": nn.Conv2d, "bn_hooks": nn.BatchNorm2d, "none": ()}[source]
-    hooks = [m.register_forward_pre_hook(hook) for hook, wanted in ((statistics, has_statistics), (
-        features, lambda m: isinstance(m, kind))) for m in teacher.modules() if wanted(m)]
+    hooks = [m.register_forward_pre_hook(statistics) for m in teacher.modules() if has_statistics(m)]
+    hooks += [m.register_forward_pre_hook(features) for m in teacher.modules() if isinstance(m, FEATURE_LAYERS[source])]
     try:
         yield taps
     finally:
@@ -440,20 +455,19 @@ class Pool:
     """All synthetic images of the run, uint8 on the device; nothing is ever thrown out."""
 
     def __init__(self, capacity: int, size: int, device: torch.device):
-        self.storage, self.n = torch.empty(capacity, 3, size, size, dtype=torch.uint8, device=device), 0
+        self.storage, self.made = torch.empty(capacity, 3, size, size, dtype=torch.uint8, device=device), 0
 
-    x = property(lambda self: self.storage[:self.n])
+    x = property(lambda self: self.storage[:self.made])
 
-    def add(self, x: Tensor) -> None:
-        self.storage[self.n:self.n + len(x)] = x
-        self.n += len(x)
+    def add(self, images: Tensor) -> None:
+        self.storage[self.made:self.made + len(images)] = quantize(images)
+        self.made += len(images)
 
     def state_dict(self) -> dict:
-        return {"x": self.x}
+        return {"x": self.x.clone()}  # a view would take its whole storage into the file
 
     def load_state_dict(self, state: dict) -> None:
-        self.n = 0
-        self.add(state["x"])
+        self.storage[:len(state["x"])], self.made = state["x"], len(state["x"])
 
 
 def curriculum(epoch: int, stop: int, first: float, last: float, schedule: str) -> float:
@@ -471,7 +485,7 @@ def mixture_at(epoch: int, args: Args, n_shots: int) -> tuple[float, int]:
                        args.alpha_schedule)
     n_real = curriculum(epoch, args.mixed_distill_stop_epoch, args.real_fewshot_initial, args.real_fewshot_final_stage,
                         args.real_fewshot_schedule)
-    return min(max(alpha, 0.0), 1.0), min(max(int(n_real), 0), n_shots)
+    return min(max(alpha, 0.0), 1.0), min(max(int(n_real), 0), n_shots)  # eq. (11)
 
 
 def lr_recipe(args: Args) -> dict:
@@ -509,14 +523,15 @@ def taught_batches(pool: Pool, batch_size: int, teacher: Callable, view: Callabl
 
     On a GPU one teacher call serves four batches: it sees each image by itself, and small networks cost less so.
     """
-    shuffled = (index for _ in itertools.count() for index in batches(pool.n, batch_size, generator))
+    shuffled = (index for _ in itertools.count() for index in batches(pool.made, batch_size, generator))
     ahead = 4 if pool.x.is_cuda else 1
     while True:
         parts = [next(shuffled) for _ in range(ahead)]
         x = view(pool.x[torch.cat(parts)])
         with torch.no_grad(), autocast(x.device, amp):
             t_logits = teacher(x).float()
-        yield from zip(*(v.split([len(p) for p in parts]) for v in (x, t_logits)))
+        sizes = [len(part) for part in parts]
+        yield from zip(x.split(sizes), t_logits.split(sizes))
 
 
 def kd_step(student: Callable, optimizer: torch.optim.Optimizer, x: Tensor, t_logits: Tensor, n_real: int,
@@ -536,17 +551,25 @@ def kd_step(student: Callable, optimizer: torch.optim.Optimizer, x: Tensor, t_lo
 def check(args: Args) -> None:
     if args.export_pool:
         fail("--export_pool: give --evaluate RUN_FOLDER too")
-    if not 1 <= args.kd_steps <= args.ep_steps:
+    if args.kd_steps > args.ep_steps:
         fail(f"--kd_steps {args.kd_steps}: give 1 to ep_steps ({args.ep_steps}): ep_steps // kd_steps rounds per epoch")
     if args.warmup >= args.epochs:
         fail(f"--warmup {args.warmup}: the student starts after it, give more --epochs than that, not {args.epochs}")
     n_real = args.real_fewshot_initial, args.real_fewshot_final_stage
     if not args.shots and max(args.guidance_loss_w, args.logits_guidance_w, *n_real):
         fail("--shots 0: the priors and the real batches need shots; --preset fast works without any")
-    if not args.synthesis_batch_size and not min(n_real):
-        fail("--synthesis_batch_size 0: nothing to learn from without real images; give both real_fewshot counts")
-    if args.synthesis_batch_size and not args.g_steps:
-        fail("--g_steps 0: synthesis needs one step or more")
+    if not args.g_steps and not min(n_real):
+        fail("--g_steps 0: nothing to learn from without real images; give both real_fewshot counts")
+
+
+def check_teacher(args: Args, teacher: nn.Module) -> None:
+    if args.g_steps and args.bn and not any(has_statistics(m) for m in teacher.modules()):
+        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
+    source = args.teacher_feature_source
+    met = any(isinstance(m, FEATURE_LAYERS[source]) for m in teacher.modules())
+    if args.g_steps and args.guidance_loss_w and not met:
+        fail(f"the teacher {args.teacher} has no layer for --teacher_feature_source {source}; choose the other one, or "
+             "go on with --guidance_loss_w 0")
 
 
 @torch.no_grad()
@@ -556,9 +579,7 @@ def see_shots(teacher: nn.Module, x: Tensor, y: Tensor, num_classes: int, source
     with tapped(teacher, source) as taps:
         for part in x.split(250):
             logits.append(teacher(part))
-            if not taps["feat"]:
-                fail(f"the teacher has no layer for --teacher_feature_source {source}, choose the other one")
-            feats.append(torch.cat(taps["feat"], 1))
+            feats.append(torch.cat(taps["feat"], 1) if taps["feat"] else x.new_zeros(len(part), 0))
             taps["feat"].clear()
     return Shots(torch.cat(feats), torch.cat(logits), y, num_classes)
 
@@ -592,23 +613,23 @@ def main(args: Args) -> dict:
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
-    x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else
+    x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else  # D2
                              (data.test_x[:0], data.test_y[:0], np.zeros(0)))
-    teacher, info = get_teacher(args, data)
-    statistics = BNStatistics(bn_order(teacher, data.normalize(data.test_x[:2])))
-    if args.synthesis_batch_size and args.bn and not statistics.sizes:
-        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
     student = build_model(args.student, data.num_classes, data.image_size,
                           init="default" if args.student.startswith("resnet") else "kaiming")
     student.to(run.device, memory_format=torch.channels_last)
+    teacher, info = get_teacher(args, data, check=partial(check_teacher, args))
+    statistics = BNStatistics(bn_order(teacher, data.normalize(data.test_x[:2])))
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     generator = Generator(ngf=args.ngf, size=data.image_size).to(run.device, memory_format=torch.channels_last)
     meta = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
     v_real = data.normalize(x_real)
-    shots = see_shots(teacher, v_real, y_real, data.num_classes, args.teacher_feature_source) if args.shots else None
+    source = args.teacher_feature_source if args.guidance_loss_w else "none"
+    shots = see_shots(teacher, v_real, y_real, data.num_classes, source) if args.shots and args.g_steps else None
     t_real = predict(teacher, data, x_real) if args.shots else v_real.new_zeros(0, data.num_classes)
     labels, rounds = y_real.cpu().numpy(), args.ep_steps // args.kd_steps
-    pool = Pool(args.epochs * rounds * args.synthesis_batch_size, data.image_size, run.device)
+    size = (args.synthesis_batch_size or args.batch_size) if args.g_steps else 0  # images per round
+    pool = Pool(args.epochs * rounds * size, data.image_size, run.device)
     sampler = np.random.RandomState(args.seed % 2 ** 32)
     run.note(teacher=info, norm=data.norm, shots=index.tolist(),
              student_params_macs=count_params_macs(student, data.image_size))
@@ -621,24 +642,24 @@ def main(args: Args) -> dict:
         optimizer.param_groups[0]["lr"] = lr = lr_at(lr_recipe(args), max(0, epoch - args.warmup))
         for r in range(rounds):
             step = (epoch * rounds + r) * args.kd_steps
-            if args.synthesis_batch_size:
+            if args.g_steps:
                 # steps 1-3: invert the teacher, keep the best batch
                 ep = epoch + 1
                 if not r:
                     reset(generator, *resets_at(ep, args))
                 draw = {"generator": run.generator, "device": run.device}
-                z = torch.randn(args.synthesis_batch_size, 256, **draw)
-                targets = torch.randint(data.num_classes, (len(z),), **draw).sort()[0]
+                z = torch.randn(size, generator.l1[0].in_features, **draw)
+                targets = torch.randint(data.num_classes, (size,), **draw).sort()[0]
                 images, terms = synthesize(generator, meta, teacher, student, z, targets, view, statistics, shots, ep,
                                            args)
-                pool.add(quantize(images))
+                pool.add(images)
                 run.log(step, epoch, **{f"loss_{name}": value for name, value in zip(TERMS, terms[-1])})
             if epoch < args.warmup:
                 continue
             # step 4: distil from the pool and the shots
             real = balanced_batches(labels, n_real, args.kd_steps, sampler)
             real = torch.from_numpy(real).to(run.device)
-            taught = (taught_batches(pool, args.batch_size, guide, view, run.generator, args.amp) if pool.n else
+            taught = (taught_batches(pool, args.batch_size, guide, view, run.generator, args.amp) if size else
                       itertools.repeat((v_real[:0], t_real[:0])))
             for i in run.bar(real, f"epoch {epoch + 1}"):
                 x, t_logits = next(taught)
@@ -653,18 +674,16 @@ def main(args: Args) -> dict:
                     run.log(step, epoch, loss_kd=loss, loss_pool=loss_pool, loss_real=loss_real, lr=lr, alpha=alpha,
                             n_real=n_real)
                 step += 1
-        if args.synthesis_batch_size and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
+        if args.g_steps and run.due(epoch, args.save_every):
             run.grid(f"ep{epoch + 1:03d}", *sample_grid(quantize(images), targets, x_real, y_real))
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-        if not run.end_epoch(epoch, student, evaluate(student, data)["top1"] if due else None):
-            break
-    s_logits = predict(student, data)
-    paper = PUBLISHED.get(("auto" if args.preset == "script" else args.preset, args.dataset, args.teacher, args.student,
-                           args.shots))
+        top1 = evaluate(student, data)["top1"] if run.due(epoch, args.eval_every) else None
+        if not run.end_epoch(epoch, student, top1):
+            return run.finish({})
+    s_logits, preset = predict(student, data), "auto" if args.preset == "script" else args.preset
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
-                       "synthetic_images": pool.n,
-                       "paper": paper and dict(zip(("top1", "protocol"), paper))})
+                       "synthetic_images": pool.made,
+                       "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, args.student, args.shots)})
 
 
 if __name__ == "__main__":

@@ -93,6 +93,21 @@ def ckpt(obj, to="t.pt"):
     return lambda: torch.save(obj, to)
 
 
+def config(**new):
+    """A step that changes entries of the run's config.json; lower-case names are those of its args."""
+    def write():
+        saved = json.loads(Path(CONFIG_FILE).read_text())
+        for key, value in new.items():
+            (saved if key in saved else saved["args"])[key] = value
+        Path(CONFIG_FILE).write_text(json.dumps(saved))
+    return write
+
+
+def without(key):
+    """A step that takes an entry out of the checkpoint of the run."""
+    return lambda: torch.save({k: v for k, v in torch.load(LAST, weights_only=True).items() if k != key}, LAST)
+
+
 def weights(drop="", classes=4, **new):
     """A step that makes t.pt, a resnet8, with a key dropped or others (__ for the dot) put in."""
     def write():
@@ -185,6 +200,18 @@ BAD = {  # what is bad: (command, flags, what the one line must say, steps that 
     "resume, no run": ("resume", "--resume runs/no", r"--resume runs.no: no run folder"),
     "resume, no run in run": ("resume", "--resume runs/r/no", r"--resume runs.r.no: no run folder"),
     "resume, no config": ("resume", "", r"runs.r: no run.*config\.json", put({CONFIG_FILE: None})),
+    **{f"resume, {key} {value!r}": ("resume", "", r"runs.r: no run.*config\.json", config(**{key: value}))
+       for key, value in (("args", []), ("args", None), ("given", None), ("derived", None))},
+    "resume, epochs abc": ("resume", "", r"--epochs abc: expected int", config(epochs="abc")),
+    "resume, seed -5": ("resume", "", r"--seed -5: must be 0", config(seed=-5)),
+    "resume, amp fp16": ("resume", "", r"--amp fp16: expected none, bf16", config(amp="fp16")),
+    "resume, other teacher": ("resume", "", r"t\.pt is not the teacher.*put that one back",
+                              weights(bn1__bias=torch.ones(16))),
+    "resume, no seconds": ("resume", "", r"ckpt_last\.pt is not the checkpoint of a run", without("seconds")),
+    "eval, no run": ("eval", "--evaluate own", r"--evaluate own: no run folder"),
+    "rows of numbers": ("summarize", "--runs n.jsonl", r"n\.jsonl: not a \.jsonl", put({"n.jsonl": "5\n"})),
+    "one class": ("toy", "", r"own.*test.*one class only", npz(y=0 * Y)),
+    "npz of empty images": ("toy", "", r"own.*test.*x is uint8 of shape", npz(x=X[:, :0])),
     "resume, cut config": ("resume", "", r"runs.r: no run.*config\.json", alter(CONFIG_FILE, half)),
     "resume, odd config": ("resume", "", r"runs.r: .*config\.json", put({CONFIG_FILE: '{"method": "toy"}'})),
     "resume, other method": ("resume", "", r"of other, not of toy", put({CONFIG_FILE: '{"method": "other"}'})),

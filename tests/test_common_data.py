@@ -312,6 +312,49 @@ def test_cache(tmp_path, monkeypatch, capsys):
     assert "note: " in capsys.readouterr().out and cache.read_text() == "a file"
 
 
+def test_cache_of_train_follows_the_test_split(tmp_path):
+    """Size and class names are the test split's: where they change, the other split is read again."""
+    made = npz_set(tmp_path / "own")
+    for more, size in (({}, 32), ({"classes": list("xyz")}, 32), ({}, 64)):
+        x = made["test"][0].repeat(size // 32, 1).repeat(size // 32, 2)
+        np.savez(tmp_path / "own" / "test.npz", x=x, y=made["test"][1], **more)
+        data = common.load_data(str(tmp_path / "own"), str(tmp_path))
+        assert data.train_x.shape[-1] == size and data.classes == more.get("classes", list("012"))
+
+
+def test_cut_unpacking_leaves_nothing(tmp_path, monkeypatch):
+    """A kill amid the unpacking of an archive: the next start begins anew, and never takes a part for the whole."""
+    import torchvision.datasets.utils as utils
+    (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"archive")
+    monkeypatch.setattr(utils, "check_integrity", lambda *_: True)
+    tree = {"tiny-imagenet-200/wnids.txt": "a\nb"}
+
+    def unpack(_, folder, cut):
+        for name, text in tree.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_text(text)
+        if cut:
+            raise KeyboardInterrupt
+
+    for cut in (True, False):
+        monkeypatch.setattr(utils, "extract_archive", lambda archive, folder: unpack(archive, folder, cut))
+        if cut:
+            with pytest.raises(KeyboardInterrupt):
+                common.find_source("tiny_imagenet", tmp_path / "tiny_imagenet", tmp_path, "")
+        else:
+            common.find_source("tiny_imagenet", tmp_path / "tiny_imagenet", tmp_path, "")
+        assert (tmp_path / "tiny-imagenet-200").exists() is not cut
+        assert [p.name for p in tmp_path.iterdir() if p.name[:3] == "tmp"] == []
+
+
+def test_unlabelled_test_folder_beside_val(tmp_path):
+    """A reorganised Tiny-ImageNet keeps the official test/images, which has no labels."""
+    made = tree_set(tmp_path / "set", splits=("train", "val"))
+    (tmp_path / "set" / "test" / "images").mkdir(parents=True)
+    data = common.load_data(str(tmp_path / "set"), str(tmp_path))
+    holds(data, train=made["train"], test=made["val"])
+
+
 def test_limits(tmp_path, capsys):
     made = npz_set(tmp_path / "own", (60, 31))
     load = lambda **kw: common.load_data(str(tmp_path / "own"), tmp_path, **kw)  # noqa: E731

@@ -275,8 +275,9 @@ def test_golden_augmentation():
 
 
 def test_golden_pool():
-    pool, x = pgdi.Pool(7, arr("pool/x").shape[-1], torch.device("cpu")), tensor("pool/x")
-    pool.add(common.quantize(x))
+    x = tensor("pool/x")
+    pool = pgdi.Pool(len(x), x.shape[-1], torch.device("cpu"))
+    pool.add(x)
     assert np.array_equal(pool.x, arr("pool/u8"))
 
 
@@ -479,8 +480,8 @@ def test_when_resets_fall():
 
 def test_pool_batches_cover_the_pool_once_per_pass():
     data, pool = own_data("half", 8), pgdi.Pool(20, 8, torch.device("cpu"))
-    pool.add(torch.arange(1, 14, dtype=torch.uint8)[:, None, None, None].expand(13, 3, 8, 8))
-    pool.add(torch.arange(14, 19, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 8, 8))
+    for first, last in ((1, 14), (14, 19)):
+        pool.add((torch.arange(first, last)[:, None, None, None].expand(last - first, 3, 8, 8) + 0.5) / 255)
     gen = torch.Generator().manual_seed(0)
     seen = pgdi.taught_batches(pool, 5, lambda x: x.flatten(1).amax(1, keepdim=True),
                                lambda x: data.random_view(x, gen), gen, "none")
@@ -528,7 +529,7 @@ def test_no_host_sync_in_a_step():
                                         view, statistics, shots, ep,
                                         pgdi.Args(g_steps=2, warmup=1, feature_grad=1))
         assert syncs == []  # synthesis
-        pool.add(common.quantize(images))
+        pool.add(images)
         taught, index = pgdi.taught_batches(pool, 8, teacher, view, gen, "none"), torch.arange(4)
         for _ in range(3):
             x, t = next(taught)
@@ -682,8 +683,8 @@ def test_every_flag_is_read():
 
 @pytest.mark.parametrize("flags, word", (
     (["--shots", "0"], "--preset fast"), (["--warmup", "5"], "--warmup"), (["--kd_steps", "9"], "ep_steps"),
-    (["--synthesis_batch_size", "0", "--real_fewshot_final_stage", "0"], "real_fewshot"),
-    (["--g_steps", "0"], "g_steps"), (["--shots", "999"], "--shots"), (["--teacher", "netgraft_vgg16"], "--teacher ")))
+    (["--g_steps", "0", "--real_fewshot_final_stage", "0"], "real_fewshot"),
+    (["--shots", "999"], "--shots"), (["--teacher", "netgraft_vgg16"], "--teacher ")))
 def test_bad_values_end_with_one_line(folder, flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
         run(folder, *SMALL, *SYNTH, *small_teacher(folder), "--run_name", f"bad{word}", *flags)

@@ -80,9 +80,9 @@ def main(args: Args) -> dict:
     run = Run(args)
     data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
                      limit_test=args.limit_test)
-    teacher, info = get_teacher(args, data)
     student = build_model(args.student, data.num_classes, data.image_size)
     student.to(run.device, memory_format=torch.channels_last)
+    teacher, info = get_teacher(args, data)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     x_real, _, index = data.few_shot(args.shots, "pgdi", args.seed)
     run.note(teacher=info, norm=data.norm, shots=index.tolist(),
@@ -107,9 +107,9 @@ def main(args: Args) -> dict:
             optimizer.step()
             if step % args.log_every == 0:
                 run.log(step, epoch, loss_kd=loss, lr=group["lr"])
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-        if not run.end_epoch(epoch, student, evaluate(student, data)["top1"] if due else None):
-            break
+        top1 = evaluate(student, data)["top1"] if run.due(epoch, args.eval_every) else None
+        if not run.end_epoch(epoch, student, top1):
+            return run.finish({})
     run.grid("shots", x_real, rows=data.num_classes)
     s_logits = predict(student, data)
     return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
