@@ -2,13 +2,13 @@
 # Everything with one command, on a fresh machine too (an active virtual environment is used, otherwise .venv is made).
 #
 #   bash run_all.sh demo      every method on shapes from one teacher, on a CPU: a few minutes after installation
-#   bash run_all.sh laptop    the same on real CIFAR-10, ResNet-20 -> WRN-16-1, about 25 minutes a row on 2 cores
+#   bash run_all.sh laptop    the same on real CIFAR-10, ResNet-20 -> WRN-16-1, about 25 minutes a row, one thread each
 #   bash run_all.sh paper     every published row, three seeds, a process per GPU (METHOD ..., --only TEXT, --dry-run)
 #   bash run_all.sh test      the whole test suite; arguments go to pytest (-m "not slow", -k NAME ...)
 #   bash run_all.sh table     the tables of README.md from tests/results/*.jsonl; published rows beside ours
 #
-# Runs lie in runs/COMMAND/ROW__sSEED: finished ones are skipped, begun ones resumed. Seeds: SEEDS="0 1 2" (default 0).
-# Further arguments go to every script: bash run_all.sh laptop --data_dir DIR --teacher_ckpt FILE
+# Runs lie in runs/COMMAND/ROW__sSEED: finished ones are skipped, begun ones resumed. Seeds: SEEDS="0 1 2" (default 0;
+# paper: 0 1 2). Further arguments go to every script (paths from this folder): laptop --data_dir DIR --teacher_ckpt FILE
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -26,7 +26,7 @@ environment() {
   done
 }
 
-# row COMMAND ROW SEED "SCRIPT" FLAGS...: finished: skipped; begun: resumed; a folder with neither steps aside
+# row COMMAND ROW SEED "SCRIPT" FLAGS...: finished: skipped; begun: resumed; a folder with neither is renamed
 row() {
   local out="runs/$1" name="$2__s$3" seed="$3" script="$4"
   shift 4
@@ -35,7 +35,11 @@ row() {
   elif [ -f "$out/$name/ckpt_last.pt" ]; then
     python $script --resume "$out/$name"
   else
-    [ ! -e "$out/$name" ] || mv "$out/$name" "$out/$name.aside-$(date +%Y%m%d-%H%M%S)"
+    if [ -e "$out/$name" ]; then
+      python -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1], "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)' \
+        "$out/$name/lock" || { echo "$out/$name is in use by another process"; return 1; }
+      mv "$out/$name" "$out/$name.aside-$(date +%Y%m%d-%H%M%S)"
+    fi
     python $script --out_dir "$out" --run_name "$name" --seed "$seed" "$@"
   fi
 }
@@ -56,10 +60,13 @@ demo() {
   python common.py summarize runs/demo
 }
 
-# about one budget for all rows; bf16 is fast on new CPUs, --amp none on others
+# about one budget for all rows; in bf16 where the machine has it
 laptop() {
   environment torch torchvision numpy tqdm
-  local real="--dataset cifar10 --teacher resnet20 --amp bf16 --eval_every 5" wrn="--student wrn16_1"
+  local amp="none"
+  python -c 'import sys, torch
+sys.exit(not (torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"))' && amp="bf16"
+  local real="--dataset cifar10 --teacher resnet20 --amp $amp --eval_every 5" wrn="--student wrn16_1"
   local steps="--epochs 60 --ep_steps 150 --kd_steps 150 --batch_size 64 --lr 0.1"
   local synthesis="--lr_tmax 50 --warmup 10 --synthesis_batch_size 128 --ngf 32"
   local shots="--shots 10 --real_fewshot_initial 32 --mixed_distill_stop_epoch 30"
@@ -85,6 +92,8 @@ laptop() {
     row laptop adadfkd_cmi "$seed" adadfkd.py --preset cmi $real $wrn --epochs 10 --ep_steps 250 --kd_steps 250 \
       --g_steps 70 --synthesis_batch_size 128 "$@"
     row laptop netgraft "$seed" netgraft.py $real --student resnet8 "$@"
+    row laptop netgraft_recover "$seed" netgraft.py --preset recover $real --student resnet8 --lr_block 2.5e-3 \
+      --lr_net 1e-3 "$@"
     row laptop gda_kd_vanilla "$seed" gda_kd.py --distiller vanilla $real $labels --student resnet8 "$@"
     for distiller in kd dkd; do
       row laptop "gda_kd_$distiller" "$seed" gda_kd.py --distiller $distiller --no_gda $real $labels \
@@ -97,7 +106,7 @@ laptop() {
       --teacher_ckpt "runs/laptop/gda_kd_vanilla__s$seed/student.pt"
     row laptop gda_kd_weak_alone "$seed" gda_kd.py --distiller vanilla $real $labels --student resnet20 "$@"
     row laptop gda_kd_fewshot "$seed" gda_kd.py --task fewshot --fs_data cifarfs --teacher resnet18_thin \
-      --student resnet12_thin --epochs 3 --meta_epochs 2 --amp bf16 "$@" --teacher_ckpt ""
+      --student resnet12_thin --epochs 3 --meta_epochs 2 --amp "$amp" "$@" --teacher_ckpt ""
   done
   python common.py summarize runs/laptop
 }

@@ -1,5 +1,7 @@
 """Times what this project does against the plain form of it, alternating in one process, in CPU seconds.
 
+Where there is a step, also in bf16 and with torch.compile (students' steps only), and what its time goes into.
+
   python tests/bench.py data      one augmented, shuffled, normalised epoch of 50,000 CIFAR-sized images
   python tests/bench.py pgdi      synthesis iteration and distillation step against the published form of them
   python tests/bench.py akd_gan   a round of preset dfad (5 student steps, 1 generator step) against the plain loop
@@ -14,6 +16,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -35,21 +38,45 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
-def alternate(plain, ours, rounds: int) -> tuple[float, float]:
+def alternate(works: list, rounds: int) -> list[float]:
     """The least CPU seconds of each over the rounds: other work on the machine only ever adds to them."""
-    spent = {plain: [], ours: []}
+    spent = [[] for _ in works]
     for _ in range(rounds):
-        for work in (plain, ours):
+        for work, seconds in zip(works, spent):
             begin = cpu_seconds()
             work()
-            spent[work].append(cpu_seconds() - begin)
-    return min(spent[plain]), min(spent[ours])
+            seconds.append(cpu_seconds() - begin)
+    return [min(seconds) for seconds in spent]
 
 
-def row(name: str, plain: float, ours: float) -> dict:
-    print(f"{name}: plain {plain:.2f} s, ours {ours:.2f} s, ratio {plain / ours:.1f}")
-    return {"bench": name, "plain, CPU s": f"{plain:.2f}", "ours, CPU s": f"{ours:.2f}",
-            "ratio": f"**{plain / ours:.1f}×**", "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
+KINDS = {"convolutions": "conv", "batch norm": "batch_norm", "matrix products": "mm|linear|cdist",
+         "sorting": "sort|topk", "copies": "copy|cat|stack|index|gather|contiguous|zero"}
+
+
+def parts_of(work) -> str:
+    """Shares of the three largest kinds of operations in the time of one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    shares: dict = {}
+    for event in profile.key_averages():
+        kind = next((k for k, names in KINDS.items() if re.search(names, event.key)), "the rest")
+        shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
+    top = sorted(shares, key=shares.get, reverse=True)[:3]
+    return ", ".join(f"{kind} {100 * shares[kind] / sum(shares.values()):.0f} %" for kind in top)
+
+
+def row(name: str, plain, ours, rounds: int = 3, scale: float = 1.0, variants: dict = {}) -> dict:
+    """plain, ours and its variants are timed in turn; where plain does a part of the work, scale says how much."""
+    for work in variants.values():
+        work()  # compiles
+    seconds = dict(zip(("plain", "float32", *variants), alternate([plain, ours, *variants.values()], rounds)))
+    seconds["plain"] *= scale
+    cells = {k: f"{v:.2f} (**{seconds['plain'] / v:.1f}×**)" for k, v in seconds.items() if k != "plain"}
+    print(f"{name}: plain {seconds['plain']:.2f} s,", ", ".join(f"{k} {v}" for k, v in cells.items()), flush=True)
+    return {"bench, CPU seconds": name, "plain": f"{seconds['plain']:.2f}", "ours": cells["float32"],
+            "bf16": cells.get("bf16", ""), "compile": cells.get("compile", ""),
+            "where ours goes": parts_of(ours) if variants else "",
+            "machine": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"}
 
 
 def bench_data() -> list[dict]:
@@ -82,9 +109,9 @@ def bench_data() -> list[dict]:
         seen["ours"] = sum(len(data.augment(index, generator)) for index in common.batches(len(x), 256, generator))
 
     data.augment(torch.arange(256), generator)  # the padded copy is made once for a run
-    times = alternate(plain, ours, rounds=3)
+    rows = [row("one augmented epoch of 50,000 CIFAR-sized images", plain, ours)]
     assert seen == {"plain": 50000, "ours": 50000}
-    return [row("one augmented epoch of 50,000 CIFAR-sized images", *times)]
+    return rows
 
 
 START = """
@@ -257,13 +284,15 @@ def bench_pgdi() -> list[dict]:
     optimizer = torch.optim.SGD(s_net.parameters(), 0.2, 0.9, weight_decay=1e-4)
     rng_ours = np.random.RandomState(0)
 
-    def our_kd(r: int, amp: str = "none") -> None:
+    compiled = [torch.compile(net, dynamic=True) for net in (s_net, t_net)]
+
+    def our_kd(r: int, amp: str = "none", nets: list = [s_net, t_net]) -> None:
         index = torch.from_numpy(rng_ours.randint(0, len(v_real), r))
         x = view(pool)
         with torch.no_grad(), common.autocast("cpu", amp):
-            t = t_net(x).float()
+            t = nets[1](x).float()
         x, t = torch.cat([x, v_real[index]]), torch.cat([t, t_real[index]])
-        loss = pgdi.kd_step(s_net, optimizer, x, t, r, 0.5, 20.0, amp)[0]
+        loss = pgdi.kd_step(nets[0], optimizer, x, t, r, 0.5, 20.0, amp)[0]
         losses.setdefault(f"ours{amp}{r}", []).append(loss.item())
 
     rows, trained = [], (student, s_net, optimizer_plain, optimizer, generator, g_net)
@@ -278,10 +307,10 @@ def bench_pgdi() -> list[dict]:
         plain(), ours()
         a, b = (losses[key] for key in keys)  # Adam's first steps are signs: they amplify rounding
         assert np.isclose(a[0], b[0], rtol=1e-5) and np.allclose(a, b, rtol=0.03), (a, b)
-        spent = alternate(plain, ours, rounds=5)
-        rows.append(row(name, *spent))
-        bf16 = alternate(plain, partial(ours, amp="bf16"), rounds=2)
-        rows.append(row(f"{name}, bf16", *bf16))
+        variants = {"bf16": partial(ours, amp="bf16")}
+        if ours is not our_synthesis:
+            variants["compile"] = partial(ours, nets=compiled)
+        rows.append(row(name, plain, ours, 5, variants=variants))
     return rows
 
 
@@ -324,9 +353,9 @@ def bench_akd_gan() -> list[dict]:
         adam.step()
         return losses
 
-    def ours(teacher, student, generator, sgd, adam, at_once: int = args.batch_size, amp: str = "none") -> list:
+    def ours(teacher, student, generator, sgd, adam, amp: str = "none") -> list:
         rows, now = iter(noise), dataclasses.replace(args, amp=amp)
-        losses, _, _ = akd_gan.student_steps(student, sgd, generator, teacher, lambda: next(rows), now, at_once)
+        losses, _, _ = akd_gan.student_steps(student, sgd, generator, teacher, lambda: next(rows), now, args.batch_size)
         akd_gan.generator_step(student, generator, adam, teacher, next(rows), now)
         return losses.tolist()
 
@@ -334,11 +363,9 @@ def bench_akd_gan() -> list[dict]:
     b[0].requires_grad_(False)
     first = plain(*a)[:2], ours(*b)[:2]  # the path that follows is chaotic in float32; in float64 a test compares it
     assert np.allclose(*first, rtol=1e-3), first
-    name, whole = "akd_gan round of dfad", args.kd_steps * args.batch_size
-    rows = [row(name, *alternate(partial(plain, *a), partial(ours, *b), rounds=3)),
-            row(f"{name}, bf16", *alternate(partial(plain, *a), partial(ours, *b, amp="bf16"), rounds=2))]
-    row(f"{name}, one teacher call for all steps", *alternate(partial(ours, *b), partial(ours, *b, whole), rounds=2))
-    return rows
+    compiled = (*map(torch.compile, b[:2]), *b[2:])
+    return [row("akd_gan round of dfad, 5 student steps and 1 generator step", partial(plain, *a), partial(ours, *b),
+                variants={"bf16": partial(ours, *b, amp="bf16"), "compile": partial(ours, *compiled)})]
 
 
 def bench_adadfkd() -> list[dict]:
@@ -437,20 +464,21 @@ def bench_adadfkd() -> list[dict]:
     def identity(f: torch.Tensor) -> torch.Tensor:
         return f
 
-    def ours(amp: str = "none") -> None:
+    compiled = [torch.compile(net) for net in (s_net, t_net)]
+
+    def ours(amp: str = "none", nets: list = [s_net, t_net]) -> None:
         now = dataclasses.replace(args, amp=amp)
         *_, terms = adadfkd.generator_step(g_net, our_adam, t_net, s_net, z_g, data, queue, window, identity, 1.0, now)
         found = [terms[0]]
-        for i, taught in enumerate(adadfkd.fresh_batches(g_net, t_net, z_s, data, 0, amp)):
+        for i, taught in enumerate(adadfkd.fresh_batches(g_net, nets[1], z_s, data, 0, amp)):
             lam = adadfkd.lam_at(i, 10.0, adadfkd.OTHER_RATE)
-            found.append(adadfkd.student_step(s_net, our_sgd, *taught, identity, lam, now)[0].detach())
+            found.append(adadfkd.student_step(nets[0], our_sgd, *taught, identity, lam, now)[0].detach())
         losses[f"ours{amp}"] = torch.stack(found).tolist()
 
     plain(), ours()
     assert np.allclose(losses["plain"], losses["oursnone"], rtol=2e-3), losses
-    rows = [row("adadfkd round, 1 generator and 10 student steps", *alternate(plain, ours, rounds=2))]
-    rows.append(row("adadfkd round, bf16", *alternate(plain, partial(ours, amp="bf16"), rounds=1)))
-    return rows
+    return [row("adadfkd round, 1 generator step and 10 student steps", plain, ours, 2,
+                variants={"bf16": partial(ours, amp="bf16"), "compile": partial(ours, nets=compiled)})]
 
 
 def bench_netgraft() -> list[dict]:
@@ -490,13 +518,15 @@ def bench_netgraft() -> list[dict]:
                 adam.step()
             loss.item(), loss.item()
 
-        def ours() -> None:
+        def ours(amp: str = "none", forward=forward) -> None:
             teacher.requires_grad_(False)
             pick = netgraft.VIEWS * torch.arange(64) + torch.randint(netgraft.VIEWS, (64,), generator=generator)
             h, t_logits = views.at(pick, [start + p.first, len(blocks)])
-            netgraft.graft_step(forward, p.optimizer, h, t_logits, netgraft.norm_mse)
+            netgraft.graft_step(forward, p.optimizer, h, t_logits, netgraft.norm_mse, amp)
 
-        rows.append((f"NetGraft step, {p.name}", *alternate(plain, ours, rounds=6)))
+        compiled = torch.compile(forward)
+        rows.append(row(f"netgraft step, {p.name}", plain, ours, 6, variants={
+            "bf16": partial(ours, "bf16"), "compile": partial(ours, forward=compiled)}))
 
     def plain_test() -> None:
         teacher.requires_grad_(True)
@@ -508,10 +538,7 @@ def bench_netgraft() -> list[dict]:
         common.accuracy(tests.predict(whole, start), data.test_y)
 
     tests.keep({start})
-    times = alternate(plain_test, our_test, rounds=3)
-    ratios = [plain / ours for _, plain, ours in rows]
-    print(f"geometric mean of the five steps: {np.exp(np.mean(np.log(ratios))):.1f}")
-    return [row(*r) for r in [*rows, ("NetGraft test pass, 2,000 images", *times)]]
+    return [*rows, row("netgraft test pass, 2,000 images", plain_test, our_test)]
 
 
 def bench_gda_kd() -> list[dict]:
@@ -547,7 +574,7 @@ def bench_gda_kd() -> list[dict]:
     for name, cost in (("broadcast W", lambda p, q: (p[:, None] - q[None]).abs().sum(2)),
                        ("torch.cdist", lambda p, q: torch.cdist(p, q, p=1))):
         plain = backward(name, lambda x: sum(plain_gda(x[g], t[g], cost) for g in range(6)) / 6)
-        rows.append(row(f"GDA, 6 groups of 128 x 100, 20 times: {name}", *alternate(plain, ours, rounds=6)))
+        rows.append(row(f"gda_kd: GDA of 6 groups of 128 x 100, 20 times, against {name}", plain, ours, 6))
         assert (grads["ours"] - grads[name]).abs().max() < 0.01 * grads[name].abs().max()
 
     n, rng = 9984, np.random.RandomState(0)  # thirteen global batches of v0
@@ -596,9 +623,10 @@ def bench_gda_kd() -> list[dict]:
         for index in common.batches(n, 768, generator):
             data.normalize(cropper(x.index_select(0, index), gda_kd.draw_crops(len(index), 32, generator)))
 
-    name = "randomly resized crops of 9,984 CIFAR-sized images"
-    rows.append(row(f"{name}: DataLoader, 2 workers", *alternate(lambda: [None for _ in loader], ours, rounds=2)))
-    rows.append(row(f"{name}: bare PIL calls", *alternate(bare_pil, ours, rounds=6)))
+    name = "gda_kd: randomly resized crops of 9,984 CIFAR-sized images, against"
+    rows.append(row(f"{name} a DataLoader with 2 workers", lambda: [None for _ in loader], ours, 2))
+    rows.append(row(f"{name} bare PIL calls", bare_pil, ours, 6))
+    rows.append(gda_step(plain_gda, data))
 
     learner, args = gda_kd.Learner("resnet12_thin", 64, 32).eval(), gda_kd.Args()
     learner.to(memory_format=torch.channels_last)
@@ -623,14 +651,70 @@ def bench_gda_kd() -> list[dict]:
                 gda_kd.episode_accuracy(feats, torch.from_numpy(y), k, episodes, args)
             hits["feats"] = feats
 
-        slow, fast = alternate(plain, ours, rounds=2)
-        rows.append(row(f"few-shot {what}: encoding every episode", slow * episodes / 4 / slices, fast))
+        rows.append(row(f"gda_kd: few-shot {what}, against encoding every episode", plain, ours, 2,
+                        scale=episodes / 4 / slices))
         for k in shots:
             index_rows = torch.from_numpy(gda_kd.draw_episodes(y, slices, 5, k + 15, 4, np.random.RandomState(0)))
             for batch, index in enumerate(index_rows):
                 out = gda_kd.episode_logits(*gda_kd.split_episodes(hits["feats"][index], 4, 5, k), "cos", 10.0)
                 assert torch.equal(out.argmax(-1).flatten(), hits[k, batch])
     return rows
+
+
+def gda_step(plain_gda, data: common.Data) -> dict:
+    """A classification step of KD + GDA, resnet56 -> resnet20, 2 groups of 64; equal losses.
+
+    The plain form crops with PIL, freezes nothing, calls the teacher and GDA for each group and reads the terms back.
+    """
+    import torch.nn.functional as F
+    from PIL import Image
+
+    import gda_kd
+    args, groups, size = gda_kd.Args(), 2, 64
+    torch.manual_seed(0)
+    nets = [common.build_model("resnet56", 100).eval(), common.build_model("resnet20", 100)]
+    teacher, student = copy.deepcopy(nets)
+    sgd = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
+    x, y = data.test_x[:groups * size], data.test_y[:groups * size]
+    crops, losses = gda_kd.draw_crops(len(x), 32, torch.Generator().manual_seed(0)), {}
+
+    def plain() -> None:
+        images = []
+        for image, (top, left, h, w, bicubic, flip) in zip(x.permute(0, 2, 3, 1).numpy(), crops.T.tolist()):
+            image = Image.fromarray(image).crop((left, top, left + w, top + h)).resize((32, 32), 3 if bicubic else 2)
+            images.append(np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image))
+        batch, total = data.normalize(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).contiguous(), 0.0
+        for part, target in zip(batch.chunk(groups), y.chunk(groups)):
+            t, s = teacher(part).detach(), student(part)
+            kd = 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+            gda = plain_gda(s, t, lambda p, q: (p[:, None] - q[None]).abs().sum(2))
+            ce = F.cross_entropy(s, target)
+            total = total + (2 * ce + kd + gda) / groups
+            ce.item(), kd.item(), gda.item()
+        sgd.zero_grad()
+        total.backward()
+        sgd.step()
+        losses["plain"] = total.item()
+
+    t_net, s_net = (net.to(memory_format=torch.channels_last) for net in nets)
+    t_net.requires_grad_(False)
+    optimizer = gda_kd.make_optimizer(s_net, 0.01, 0.9, 5e-4, v0=True)
+    cropper, compiled = gda_kd.Cropper(32, 32, "cpu"), torch.compile(s_net)
+
+    def ours(amp: str = "none", forward=s_net) -> None:
+        batch = data.normalize(cropper(x, crops))
+        with common.autocast("cpu", amp):
+            t, s = t_net(batch).float(), gda_kd.grouped(s_net, batch, groups, forward).float()
+        terms = gda_kd.distill_terms(*(v.view(groups, size, -1) for v in (s, t)), y, 0, args)
+        optimizer.zero_grad(set_to_none=True)
+        (terms["gt"] + terms["kd"] + terms["align"]).backward()
+        optimizer.step()
+        losses["ours"] = (terms["gt"] + terms["kd"] + terms["align"]).item()
+
+    plain(), ours()
+    assert np.isclose(losses["plain"], losses["ours"], rtol=1e-3), losses
+    return row("gda_kd step of KD + GDA, 2 groups of 64", plain, ours, 5, variants={
+        "bf16": partial(ours, "bf16"), "compile": partial(ours, forward=compiled)})
 
 
 BENCHES = {"data": bench_data, "pgdi": bench_pgdi, "akd_gan": bench_akd_gan, "adadfkd": bench_adadfkd, "gda_kd":
@@ -641,5 +725,6 @@ if __name__ == "__main__":
     if not names or set(names) - {*BENCHES, "all"}:
         sys.exit(__doc__)
     rows = [r for name in (BENCHES if "all" in names else names) for r in BENCHES[name]()]
+    print(common.table(rows))
     if "--keep" in sys.argv and rows:
         print(f"kept in {common.keep(rows, 'speed')}")

@@ -21,7 +21,10 @@ def start(command: list, cwd: Path, **more) -> subprocess.Popen:
 
 def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
     """command without --run_name; the first run is left alone, the second is killed `kills` times."""
-    rng, begin = random.Random(seed), time.time()
+    rng = random.Random(seed)
+    text = start([*command, "--run_name", "warm", "--time_limit", "0.001"], cwd).communicate()[0]  # makes the teacher
+    assert "go on with --resume" in text, text
+    begin = time.time()
     whole, folder = start([*command, "--run_name", "whole"], cwd), cwd / "runs" / "killed"
     while whole.poll() is None and not (cwd / "runs" / "whole" / "ckpt_last.pt").exists():
         time.sleep(0.05)
@@ -46,6 +49,7 @@ def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
             plan = [*resume, "--resume", str(folder)]
         elif folder.exists():  # killed while the folder was made: a fresh run never enters it
             folder.rename(folder.with_name(f"aside{done}"))
+    assert done == kills, f"only {done} kills; give the run more to do"
     assert same_weights(cwd / "runs" / "whole", folder), "weights differ"
     assert metrics(cwd / "runs" / "whole") == metrics(folder), "metrics differ"
     print(f"bit-equal after {done} kills: the weights and {len(metrics(folder))} lines of metrics")

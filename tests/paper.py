@@ -98,11 +98,15 @@ def main(words: list) -> None:
     if words == ["table"]:
         print(table())
         return
-    dry, only = "--dry-run" in words, words[words.index("--only") + 1] if "--only" in words[:-1] else ""
+    if words[-1:] == ["--only"]:
+        sys.exit("--only needs a text")
+    dry, only = "--dry-run" in words, words[words.index("--only") + 1] if "--only" in words else ""
     rest = [w for i, w in enumerate(words) if w not in ("--dry-run", "--only") and words[i - 1:i] != ["--only"]]
     methods = []
     while rest and rest[0] in (*METHODS, "train"):
         methods.append(rest.pop(0))
+    if rest and not rest[0].startswith("--"):
+        sys.exit(f"no method {rest[0]}; choose of {', '.join(METHODS)}, train")
     wanted = {r.run: r for r in rows() if (not methods or r.key[0] in methods) and only in r.run}.values()
     seeds = os.environ.get("SEEDS", "0 1 2").split()
     if dry:
@@ -113,8 +117,9 @@ def main(words: list) -> None:
         return
     import torch
     gpus: queue.Queue = queue.Queue()
-    for i in range(max(1, torch.cuda.device_count())):
-        gpus.put(str(i))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(1, torch.cuda.device_count()))))
+    for gpu in visible.split(","):
+        gpus.put(gpu)
 
     def start(job: tuple) -> int:
         row, seed = job
