@@ -36,17 +36,16 @@ Symbols  T -> teacher (temperature: args.T), S -> student, G -> generator, Q -> 
 Deviations from the published code
   D1 it reports the best test epoch; here the last one, the best beside it
   D2 its queue asserts N_neg % batch = 0, which its own example breaks; here the write wraps around
-  D3 one v per batch (curr_level batch) can freeze S for good, per image (sample) is slower to; the rows of the table
-     take what made them; pairs without a row no v at all (with it a small budget does not suffice), and DFQ's
-     L_adv and balance (CIFAR-10, ResNet-20 -> WRN-16-1, 9,000 steps: 58.0 % without, 63.3 with L_adv, 67.7 with both)
+  D3 one v per batch (curr_level batch) can stop S for good, one per image (sample) does so later; the rows of the table
+     keep what made them; other pairs use no v, but DFQ's L_adv and balance (CIFAR-10, ResNet-20 -> WRN-16-1, 9,000
+     steps: 58.0 % without these two, 63.3 with L_adv, 67.7 with both)
   D4 curr_option none drops its L_nce; here it stays
   D5 hooks only in step 1, frozen networks, one pass of G and T for the n student steps, upsampling and conv in one,
      batch norm folded into G: the same numbers (tests/test_adadfkd.py)
   D6 kept: unequal widths are bridged by a random map that is new at every call; --proj fixed draws it once
   D7 kept: L_adv at temperature 3, H_T at T; J clamps its three distributions; ADI keeps the last iterate
-  D8 L_p as published is 1 - JSD^(1/4), since its "distance" is a root already; L_p_sqrt is the usual 1 - JSD^(1/2)
-  D9 the memory of cudfkd, adi and cmi is a ring of --pool_size uint8 images on the device, not files without end
-  D10 a local view of cmi that does not fit is cut to the image, not drawn again
+  D8 the memory of cudfkd, adi and cmi is a ring of --pool_size uint8 images on the device, not files without end
+  D9 a local view of cmi that does not fit is cut to the image, not drawn again
 
   python adadfkd.py --smoke                                                                  # no download, a minute
   python adadfkd.py --dataset cifar100 --teacher wrn40_2 --student wrn16_2                   # the row above
@@ -110,10 +109,11 @@ class Args:
     loss: Literal["l1", "l2", "kl"] = "l1"  # eq. (8)
     ep_steps: int = 400  # ep_steps // kd_steps rounds of steps 1 and 2 per epoch
     kd_steps: int = 10  # student steps per round
+    # step 1
     g_steps: int = 1  # generator steps per round; adi, cmi: steps on the pixels, on (z, G)
     synthesis: Literal["generator", "adi", "cmi"] = "generator"  # how images are made: step 1, or eq. (13), (14)
     synthesis_batch_size: int = 0  # images per generator step; 0 = batch_size
-    lr_g: float = 1e-3  # rate of the generator (adi: of the pixels; cmi: of z too)
+    lr_g: float = 1e-3  # learning rate of the generator (adi: of the pixels; cmi: of z too)
     nz: int = 0  # size of z; 0 = 512 for 32 pixels, 1024 for 64
     ngf: int = 64  # width of the generator
     depth: int = 0  # times that the generator doubles the size; 0 = 2 for 32 pixels, 3 for 64
@@ -133,12 +133,14 @@ class Args:
     tau: float = 0.07  # temperature of eqs. (6) and (9)
     N_neg: int = 6144  # keys in the queue
     proj: Literal["fresh", "fixed"] = "fresh"  # D6: random map for unequal widths, drawn at every call or once
+    # step 2
     s_nce: float = 0.0  # weight of eq. (9)
     curr_option: Literal["none", "curr_hard", "curr_soft", "curr_log"] = "curr_log"  # v of eq. (10)
     curr_level: Literal["batch", "sample"] = "sample"  # D3: one v per step, or one per image
     lambda_0: float = 1.0  # first threshold of eq. (11)
     memory: bool = False  # the student learns from a pool of all images, cropped and flipped (always with adi, cmi)
     pool_size: int = 51200  # images in that pool, the oldest are overwritten
+    # the baselines adi and cmi
     tv: float = 1e-3  # adi: weight of the total variation
     cr: float = 0.8  # cmi: weight of the contrastive term
     cr_T: float = 0.1  # cmi: its temperature
@@ -405,7 +407,7 @@ def adv_at(epoch: int, args: Args) -> float:
     grown = min(epoch - 1, end) - begin
     if grown <= 0 or (epoch - 1 < end and args.curr_option == "none"):
         return args.adv
-    return args.adv + grown * args.grad_adv
+    return args.adv + grown * args.grad_adv  # eq. (12)
 
 
 def lr_recipe(args: Args) -> dict:
@@ -458,7 +460,7 @@ class Projection(nn.Module):
 
 
 class Pool:
-    """The last `capacity` synthetic images, uint8 on the device (D9)."""
+    """The last `capacity` synthetic images, uint8 on the device (D8)."""
 
     def __init__(self, capacity: int, size: int, device: torch.device):
         self.storage, self.made = torch.zeros(capacity, 3, size, size, dtype=torch.uint8, device=device), 0
@@ -669,14 +671,14 @@ def contrast_loss(local: Tensor, whole: Tensor, kept: Tensor, contrast: Contrast
     lines = contrast(torch.cat([local, kept[:, 0]]))
     columns = contrast(torch.cat([whole, kept[:, 1]])).detach()
     losses = F.cross_entropy(lines @ columns.T / T, torch.arange(len(lines), device=lines.device), reduction="none")
-    return sum(part.mean() for part in losses.split([len(local), len(kept)]) if len(part))
+    return sum(part.mean() for part in losses.split([len(local), len(kept)]) if len(part))  # eq. (15)
 
 
 def local_view(x: Tensor, data: Data, generator: torch.Generator) -> Tensor:
     """Random part of each image (area 1/4 to 1, aspect 3/4 to 4/3), resized bilinearly, perhaps flipped, normalised."""
     u = torch.rand(5, len(x), generator=generator, device=x.device)
     area, aspect = 0.25 + 0.75 * u[0], ((2 * u[1] - 1) * torch.log(x.new_tensor(4 / 3))).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # D10
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # D9
     theta = x.new_zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = torch.where(u[2] < 0.5, -width, width), height
     theta[:, 0, 2], theta[:, 1, 2] = (1 - width) * (2 * u[3] - 1), (1 - height) * (2 * u[4] - 1)
@@ -899,7 +901,7 @@ def main(args: Args) -> dict:
     s_logits = predict(student, data)
     per_round = size * (args.g_steps if generator else 1) + (0 if pool else args.kd_steps * args.batch_size)
     preset = "auto" if args.preset == "script" else args.preset
-    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
+    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),  # D1
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": 0,
                        "synthetic_images": args.epochs * rounds * per_round,
                        "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, args.student, None)})

@@ -185,7 +185,7 @@ def diversity(x: Tensor) -> Tensor:
     """Eq. (6): mean over the ordered pairs of different images; signed."""
     rows = F.normalize(x.flatten(1), eps=1e-12)
     cos = (rows @ rows.T).masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
-    return cos.sum() / (len(x) * (len(x) - 1))
+    return cos.sum() / (len(x) * (len(x) - 1))  # eq. (6)
 
 
 @contextlib.contextmanager

@@ -1617,7 +1617,7 @@ def result_rows(path: Path) -> list[dict]:
     return [{**row, **student} for row in rows for student in row.pop("students", None) or [{}]]
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], columns: str = "") -> str:
     """Markdown: rows that differ only in the seed make one line, mean ± std; tests/bench.py has its own columns.
 
     The label names the flags in which a line differs from others of the same method, preset, networks and data, and all
@@ -1649,7 +1649,8 @@ def table(rows: list[dict]) -> str:
                       ", ".join(str(row["seed"]) for row in group if "seed" in row)))
     if rows and "plain" in rows[0]:
         head, lines = list(rows[0]), [list(map(str, row.values())) for row in rows]
-    used = [i for i in range(len(head)) if any(line[i] for line in lines)]  # no empty columns
+    used = [i for i, name in enumerate(head) if name in (columns or "|".join(head)).split("|")
+            and any(line[i] for line in lines)]  # no empty columns
     return "\n".join("| " + " | ".join(line[i] for i in used) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -1673,11 +1674,11 @@ def keep(rows: list[dict], name: str) -> Path:
 
 
 def fill_tables(text: str) -> str:
-    """A README whose blocks <!-- results NAME --> ... <!-- end --> are filled from tests/results/NAME.jsonl."""
+    """A README whose blocks <!-- results NAME: COLUMNS --> ... <!-- end --> are filled from tests/results/NAME.jsonl."""
     def fill(match: re.Match) -> str:
-        rows = result_rows(results_path(match[1]))
-        return f"<!-- results {match[1]} -->\n{table(rows) if rows else 'Not measured yet.'}\n<!-- end -->"
-    return re.sub(r"<!-- results (\w+) -->.*?<!-- end -->", fill, text, flags=re.S)
+        rows = result_rows(results_path(match[2]))
+        return f"{match[1]}\n{table(rows, match[3] or '') if rows else 'Not measured yet.'}\n<!-- end -->"
+    return re.sub(r"(<!-- results (\w+)(?:: ([^>]+))? -->).*?<!-- end -->", fill, text, flags=re.S)
 
 
 def summarize(runs_dir: Any) -> str:

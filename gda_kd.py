@@ -114,10 +114,11 @@ class Args:
     student: str = "resnet20"  # network: a name in MODELS, or file.py:callable
     epochs: int = 240  # passes over the training images (few-shot: of the classifier or the meta stage)
     batch_size: int = 128  # images of one group
-    lr: float = 0.2  # peak learning rate
+    lr: float = 0.2  # peak learning rate of the student
     weight_decay: float = 5e-4  # v0: not on biases and batch norm
     momentum: float = 0.9  # SGD momentum (v0: Nesterov)
     task: Literal["classify", "fewshot"] = "classify"  # distil a classifier, or learn to recognise new classes
+    # losses
     distiller: Literal["vanilla", "kd", "dkd", "augconf", "adaptconf"] = "kd"  # base loss; vanilla: no teacher
     gda: bool = True  # add GDA, eq. (6), to the base loss
     labels: bool = True  # --no_labels: the teacher's softmax in the place of y (dkd still needs y for eq. (8))
@@ -132,23 +133,25 @@ class Args:
     dkd_fr: bool = False  # FR in dkd too
     superalignment_rate: float = 0.3  # share of the epochs in which the ramp of eqs. (9) and (13) rises
     superalignment_threshold: float = 0.5  # theta in eqs. (9), (10) and (13)
+    # recipe
     recipe: Literal["v0", "native"] = "v0"  # v0: the published one; native: mdistiller's, for tables across methods
     virtual_gpus: int = 6  # groups of a batch, each with its own batch norm statistics and its own transport
     min_lr: float = 2e-3  # v0: end of the cosine
     warmup_epochs: int = 10  # v0: epochs of linear warm-up
     warmup_lr: float = 1e-4  # v0: learning rate of epoch 0
-    stage: Literal["all", "classifier", "meta", "test"] = "all"  # few-shot: all = one after the other
-    fs_data: Literal["mini", "cifarfs", "shapes"] = "mini"  # few-shot data, in the place of --dataset
-    fs_shots: tuple[int, ...] = (1, 5)  # few-shot: images of a new class; meta trains with the first, test uses all
-    fs_preset: Literal["readme", "config"] = "readme"  # few-shot T, theta, lamda: of the commands, or of the files
-    way: int = 5  # few-shot: classes of an episode
-    query: int = 15  # few-shot: images of a class to be recognised
-    episodes: int = 800  # few-shot: of a meta epoch, and of a validation; the test takes ten times as many
-    meta_epochs: int = 20  # few-shot, --stage all: epochs of the meta stage, whose lr and groups are preset
-    metric: Literal["cos", "dot", "sqr"] = "cos"  # few-shot: similarity of eq. (12)
-    student_ckpt: str = ""  # few-shot: classifier a meta stage starts from, or the file that --stage test scores
-    teacher_meta_model: bool = False  # few-shot: the teacher of the meta stage comes out of a meta stage itself
-    teacher_temp: bool = False  # few-shot: use the tau that a meta teacher has learned
+    # few-shot learning
+    stage: Literal["all", "classifier", "meta", "test"] = "all"  # all = one after the other
+    fs_data: Literal["mini", "cifarfs", "shapes"] = "mini"  # its data, in the place of --dataset
+    fs_shots: tuple[int, ...] = (1, 5)  # images of a new class; meta trains with the first, test uses all
+    fs_preset: Literal["readme", "config"] = "readme"  # T, theta, lamda: of the published commands, or of their files
+    way: int = 5  # classes of an episode
+    query: int = 15  # images of a class to be recognised
+    episodes: int = 800  # of a meta epoch, and of a validation; the test takes ten times as many
+    meta_epochs: int = 20  # --stage all: epochs of the meta stage, whose lr, groups and weight of SK are preset
+    metric: Literal["cos", "dot", "sqr"] = "cos"  # similarity of eq. (12)
+    student_ckpt: str = ""  # classifier that a meta stage starts from, or the file that --stage test scores
+    teacher_meta_model: bool = False  # the teacher of the meta stage comes out of a meta stage itself
+    teacher_temp: bool = False  # D11: use the tau that a meta teacher has learned
 
 
 def published(look: dict) -> dict:
@@ -577,7 +580,7 @@ def classify(args: Args) -> dict:
             break
     if world > 1:
         dist.destroy_process_group()
-    row = {**tops, **row_names(args), "n_test": len(data.test_y), "real_images": n}
+    row = {**tops, **row_names(args), "n_test": len(data.test_y), "real_images": n}  # D1
     if rank == 0 and not run.stopped:
         s_logits = predict(student, data)
         native = s_logits if native_x is zoomed_x else predict(student, data, native_x)

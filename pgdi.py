@@ -111,8 +111,8 @@ class Args:
     # steps 1-3
     synthesis_batch_size: int = 512  # images per round; 0 = batch_size
     g_steps: int = 10  # steps on F and z per round; 0 = no synthesis
-    lr_g: float = 5e-3  # rate of F; G takes lr_g * g_steps
-    lr_z: float = 0.015  # rate of z
+    lr_g: float = 5e-3  # learning rate of F; G takes lr_g * g_steps
+    lr_z: float = 0.015  # learning rate of z
     ngf: int = 64  # width of the generator
     adv: float = 1.33  # weight of eq. (5)
     bn: float = 5.0  # weight of eq. (2)
@@ -154,15 +154,12 @@ def fast(look: dict) -> dict:
                 oh=oh, adv=adv, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=0, reset_bn=0, reset_once=True)
 
 
-def long(look: dict) -> dict:
-    return dict(epochs=1200 if look["teacher"] == "resnet34" else 800, mixed_distill_stop_epoch=300)
-
-
 PRESETS = {
     "auto": SCRIPT,
     "script": SCRIPT,
     "described": {"*": dict(feature_grad=1), **SCRIPT},
-    "long": {"*": long, **SCRIPT},
+    "long": {"*": dict(epochs=800, mixed_distill_stop_epoch=300),
+             **{pair: dict(epochs=1200 if pair[1] == "resnet34" else 800) for pair in SCRIPT}},
     "fast": {"*": fast, **SCRIPT},
     "fewshot_kd": {"*": dict(g_steps=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
                              real_fewshot_final_stage=256, augment_real=True), **SCRIPT},
@@ -626,7 +623,7 @@ def main(args: Args) -> dict:
     v_real = data.normalize(x_real)
     source = args.teacher_feature_source if args.guidance_loss_w else "none"
     shots = see_shots(teacher, v_real, y_real, data.num_classes, source) if args.shots and args.g_steps else None
-    t_real = predict(teacher, data, x_real) if args.shots else v_real.new_zeros(0, data.num_classes)
+    t_real = predict(teacher, data, x_real) if args.shots else v_real.new_zeros(0, data.num_classes)  # D4
     labels, rounds = y_real.cpu().numpy(), args.ep_steps // args.kd_steps
     size = (args.synthesis_batch_size or args.batch_size) if args.g_steps else 0  # images per round
     pool = Pool(args.epochs * rounds * size, data.image_size, run.device)
@@ -680,7 +677,7 @@ def main(args: Args) -> dict:
         if not run.end_epoch(epoch, student, top1):
             return run.finish({})
     s_logits, preset = predict(student, data), "auto" if args.preset == "script" else args.preset
-    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),
+    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),  # D3
                        **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
                        "synthetic_images": pool.made,
                        "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, args.student, args.shots)})

@@ -669,8 +669,12 @@ def test_presets_and_published_rows():
     long = parse("--preset", "long", "--teacher", "resnet34", "--student", "resnet18", "--dataset", "cifar10")
     assert (long.epochs, long.mixed_distill_stop_epoch, long.lr_tmax) == (1200, 300, 200)
     assert parse("--preset", "long").epochs == 800
+    other = parse("--preset", "long", "--dataset", "cifar10", "--teacher", "resnet20")  # a pair without a row
+    assert (other.epochs, other.mixed_distill_stop_epoch) == (800, 300)
     fast = parse("--preset", "fast", "--dataset", "cifar10", "--teacher", "vgg11", "--student", "resnet18")
     assert (fast.adv, fast.oh, fast.g_steps, fast.lr_z, fast.lr_g) == (1.0, 0.5, 10, 0.01, 2e-3)
+    fast = parse("--preset", "fast", "--dataset", "cifar10", "--teacher", "resnet34", "--student", "wrn16_1")
+    assert (fast.adv, fast.oh) == (1.33, 0.5)  # by the teacher, whatever the student
     assert len(pgdi.PUBLISHED) == 32
     assert pgdi.PUBLISHED["auto", "cifar100", "wrn40_2", "wrn16_1", 10] == (53.97, "best test epoch, one run")
 
