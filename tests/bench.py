@@ -56,15 +56,15 @@ KINDS = {"convolutions": "conv", "batch norm": "batch_norm", "matrix products": 
 
 
 def parts_of(work) -> str:
-    """Shares of the three largest kinds of operations in the time of one call."""
+    """Shares of the three largest kinds of operations, from a hundredth on, in the time of one call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     shares: dict = {}
     for event in profile.key_averages():
         kind = next((k for k, names in KINDS.items() if re.search(names, event.key)), "the rest")
         shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
-    top = sorted(shares, key=shares.get, reverse=True)[:3]
-    return ", ".join(f"{kind} {100 * shares[kind] / sum(shares.values()):.0f} %" for kind in top)
+    percent = {kind: round(100 * share / sum(shares.values())) for kind, share in shares.items()}
+    return ", ".join(f"{kind} {percent[kind]} %" for kind in sorted(percent, key=percent.get)[:-4:-1] if percent[kind])
 
 
 def row(name: str, plain, ours, rounds: int = 3, scale: float = 1.0, variants: dict = {}) -> dict:

@@ -1,6 +1,7 @@
 """Proves that a run survives SIGKILL: killed at random moments and resumed, it ends bit-equal to an untouched run.
 
   python tests/kill.py --kills 10 common.py train --dataset shapes --arch resnet8 --epochs 4 --save_every 1
+  python tests/kill.py --kills 10           # the commands of LONG, one after the other: every script
 """
 import os
 import random
@@ -11,6 +12,15 @@ import time
 from pathlib import Path
 
 from tools import ROOT, metrics, same_weights
+
+
+LONG = ("common.py train --dataset shapes --arch resnet8 --limit_train 2000 --epochs 12 --save_every 1 --log_every 5",
+        "pgdi.py --smoke --epochs 14 --ep_steps 8 --kd_steps 8 --save_every 1 --log_every 1",
+        "netgraft.py --preset demo --save_every 10",
+        "akd_gan.py --smoke --epochs 24 --epoch_itrs 4 --save_every 1 --log_every 1",
+        "adadfkd.py --smoke --epochs 30 --ep_steps 16 --kd_steps 4 --save_every 1 --log_every 1",
+        "gda_kd.py --preset demo --save_every 1",
+        "gda_kd.py --smoke --task fewshot --epochs 8 --meta_epochs 4 --save_every 1")
 
 
 def start(command: list, cwd: Path, **more) -> subprocess.Popen:
@@ -57,8 +67,10 @@ def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    n, words = (int(words[1]), words[2:]) if words[:1] == ["--kills"] else (10, words)
-    if not words:
+    if words[:1] not in ([], ["--kills"]) and not words[0].endswith(".py"):
         sys.exit(__doc__)
-    with tempfile.TemporaryDirectory() as folder:
-        prove(words, n, Path(folder), seed=0)
+    n, words = (int(words[1]), words[2:]) if words[:1] == ["--kills"] else (10, words)
+    for command in [words] if words else map(str.split, LONG):
+        with tempfile.TemporaryDirectory() as folder:
+            print(*command, flush=True)
+            prove(command, n, Path(folder), seed=0)
