@@ -714,7 +714,7 @@ def test_defaults_and_published_rows():
     assert args.eval_every == 10 and parse("--preset", "none").eval_every == 1
     assert len(netgraft.PUBLISHED) == 24
     assert netgraft.PUBLISHED[("auto", "cifar10", *netgraft.PAIR, 10)] == (92.89, "best test epoch, mean of 5 runs")
-    assert netgraft.PUBLISHED["auto", "cifar100", *netgraft.PAIR, 50] == (69.06, "best test epoch, mean of 5 runs")
+    assert netgraft.PUBLISHED[("auto", "cifar100", *netgraft.PAIR, 50)] == (69.06, "best test epoch, mean of 5 runs")
 
 
 @pytest.mark.parametrize("line, want", (
