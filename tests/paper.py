@@ -8,6 +8,7 @@
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -139,4 +140,6 @@ def main(words: list) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough (head) ends the list quietly
     main(sys.argv[1:])
