@@ -209,9 +209,9 @@ PRESETS = {
     "dfq": {"*": SMALL | DFQ, **rows(**KL1)},
     "adi": {"*": SMALL | ADI | dict(g_steps=200, lr_g=0.1), **rows(**KL20, batch_size=512, lr_g=0.1, g_steps=1000)},
     "cmi": {"*": SMALL | CMI | dict(lr_g=1e-3), **rows(**KL20, batch_size=256, synthesis_batch_size=512)},
-    "demo": {"*": SMALL | RELATION | dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs=8,
-                                          ep_steps=100, kd_steps=5, batch_size=32, synthesis_batch_size=64, ngf=16,
-                                          eval_every=4)},
+    "demo": {"*": SMALL | RELATION | dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs=6, g_steps=4,
+                                          ep_steps=100, kd_steps=5, batch_size=32, ngf=16, T=4.0, lr=0.02, lr_g=1e-3,
+                                          memory=True, eval_every=2)},
     "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200,
                         epochs=2, ep_steps=8, kd_steps=4, g_steps=1, batch_size=16, synthesis_batch_size=16, ngf=8,
                         N_neg=64, allow_weak_teacher=True)}}

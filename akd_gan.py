@@ -131,8 +131,8 @@ PRESETS = {
     "official": {},  # the bare defaults
     "dfad": {"*": DFAD},
     "strong": {"*": STRONG},
-    "demo": {"*": {**STRONG, **dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs=12, epoch_itrs=20,
-                                    kd_steps=5, batch_size=32, ngf=16, lr=0.05, bn=0.1)}},
+    "demo": {"*": {**STRONG, **dict(dataset="shapes", teacher="resnet20", student="resnet8", epochs=8, epoch_itrs=14,
+                                    kd_steps=8, batch_size=32, ngf=16, lr=0.05, adv=0.5)}},
     "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8,resnet14", limit_train=300,
                         limit_test=200, epochs=1, epoch_itrs=2, kd_steps=2, batch_size=32, ngf=16,
                         allow_weak_teacher=True)}}

@@ -352,6 +352,7 @@ NORMS = {  # mean, std; which one a teacher wants belongs to its checkpoint, not
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "tiny_imagenet": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "shapes": ((0.384, 0.385, 0.385), (0.237, 0.222, 0.243)),
     "cifar100_gda": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "tiny_mdistiller": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
@@ -550,7 +551,7 @@ def load_data(dataset: str, data_dir: str = "./data", device: Any = "cpu", *, da
               limit_test: int = 0) -> Data:
     """cifar10, cifar100, tiny_imagenet, shapes or one's own folder; local first, downloaded last, decoded once."""
     if dataset == "shapes":
-        return Data("shapes", read_shapes, device, limit_train, limit_test)
+        return Data("shapes", read_shapes, device, limit_train, limit_test, "shapes")
     root, own = Path(data_dir), dataset not in DATASETS
     folder = Path(dataset) if own else root / dataset
     if own and not folder.is_dir():
@@ -1040,7 +1041,7 @@ class TrainArgs:
     dataset: str = "cifar10"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
     arch: str = "resnet20"  # network: a name in MODELS, or file.py:callable
     recipe: Literal["fast", "multistep"] = "fast"  # fast: Nesterov, rate up and down; multistep: falls at milestones
-    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 4, else 60; multistep 200)
+    epochs: int = 0  # 0 = the recipe's (fast: cifar10 60, cifar100 100, shapes 3, else 60; multistep 200)
     batch_size: int = 0  # 0 = the recipe's (fast: 512, shapes 64, netgraft 128; multistep 128)
     lr: float = 0.0  # peak learning rate; 0 = the recipe's (0.1, fast: per 128 images, VGG half of it, netgraft 0.05)
     milestones: tuple[int, ...] = (100, 150)  # multistep: epochs from which on the rate is multiplied by gamma
@@ -1074,7 +1075,7 @@ def train_recipe(args: TrainArgs) -> dict:
     plain_vgg = fast and arch.startswith("netgraft")  # no batch norm in its convs: small steps, clipped gradient
     batch = args.batch_size or (128 if plain_vgg or not fast else 64 if args.dataset == "shapes" else 512)
     lr = args.lr or (0.05 if plain_vgg else 0.1 * batch / 128 / (2 if arch.startswith("vgg") else 1) if fast else 0.1)
-    epochs = args.epochs or ({"cifar100": 100, "shapes": 4}.get(args.dataset, 60) if fast else 200)
+    epochs = args.epochs or ({"cifar100": 100, "shapes": 3}.get(args.dataset, 60) if fast else 200)
     recipe = {"kind": args.recipe, "lr": lr, "epochs": epochs, "batch_size": batch, "clip": 1.0 if plain_vgg else 0.0,
               **{k: getattr(args, k) for k in ("weight_decay", "momentum", "input_size", "seed", "limit_train", "amp")}}
     return recipe if fast else {**recipe, "milestones": list(args.milestones), "gamma": args.gamma}
@@ -1957,6 +1958,8 @@ def data_command(args: DataArgs) -> None:
     names = ", ".join(data.classes[:10]) + (", ..." if data.num_classes > 10 else "")
     print(f"{data.name}: {len(data.train_x)} train and {len(data.test_x)} test images of {data.image_size}x"
           f"{data.image_size}, {data.num_classes} classes ({names})")
+    stds, means = zip(*(torch.std_mean(data.train_x[:, c].float()) for c in range(3)))  # a channel at a time: memory
+    print("mean and std of the train images: --norm " + ",".join(f"{v / 255:.4f}" for v in means + stds))
     if args.grid:
         rows = min(20, data.num_classes)
         images = data.test_x.new_zeros(rows, 10, *data.test_x.shape[1:])  # black where a class has fewer

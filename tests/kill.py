@@ -29,39 +29,55 @@ def start(command: list, cwd: Path, **more) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
 
-def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
-    """command without --run_name; the first run is left alone, the second is killed `kills` times."""
-    rng = random.Random(seed)
-    text = start([*command, "--run_name", "warm", "--time_limit", "0.001"], cwd).communicate()[0]  # makes the teacher
-    assert "go on with --resume" in text, text
-    begin = time.time()
-    whole, folder = start([*command, "--run_name", "whole"], cwd), cwd / "runs" / "killed"
-    while whole.poll() is None and not (cwd / "runs" / "whole" / "ckpt_last.pt").exists():
-        time.sleep(0.05)
-    ready = time.time() - begin
-    text = whole.communicate()[0]
-    assert whole.returncode == 0, text
-    work = time.time() - begin - ready
-    plan, resume = [*command, "--run_name", "killed"], command[:2] if command[0] == "common.py" else command[:1]
-    done = 0
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def killed(command: list, folder: Path, moments: list) -> int:
+    """Runs to the end, with a SIGKILL at each moment (lines of metrics, seconds later); says how many of them it met."""
+    plan, resume, done = command, command[:2] if command[0] == "common.py" else command[:1], 0
     while not (folder / "result.json").is_file():
-        wait = ready + rng.uniform(-0.3, 1.3) * work / kills  # on average half a share of the work
-        run = start(plan, cwd)
+        run, moment = start(plan, folder.parent.parent), moments[done] if done < len(moments) else None
+        while moment and run.poll() is None and lines(folder) < moment[0]:
+            time.sleep(0.005)
         try:
-            text = run.communicate(timeout=wait if done < kills else None)[0]
+            text = run.communicate(timeout=moment and moment[1])[0]
             assert run.returncode == 0, text
         except subprocess.TimeoutExpired:
             run.kill()
             run.communicate()
             done += 1
-            print(f"kill {done} after {wait:.1f} s", flush=True)
+            print(f"kill {done} at line {lines(folder)}", flush=True)
         if (folder / "config.json").is_file():
             plan = [*resume, "--resume", str(folder)]
         elif folder.exists():  # killed while the folder was made: a fresh run never enters it
             folder.rename(folder.with_name(f"aside{done}"))
+    return done
+
+
+def prove(command: list, kills: int, cwd: Path, seed: int) -> None:
+    """command without --run_name; the first run is left alone, the second is killed `kills` times."""
+    rng, whole, folder = random.Random(seed), cwd / "runs" / "whole", cwd / "runs" / "killed"
+    text = start([*command, "--run_name", "warm", "--time_limit", "0.001"], cwd).communicate()[0]  # makes the teacher
+    assert "go on with --resume" in text, text
+    begin, run = time.time(), start([*command, "--run_name", "whole"], cwd)
+    while run.poll() is None and not lines(whole):
+        time.sleep(0.005)
+    ready = time.time() - begin
+    text = run.communicate()[0]
+    assert run.returncode == 0, text
+    n, gap = lines(whole), (time.time() - begin - ready) / lines(whole)
+    for share in (0.9, 0.6, 0.3):  # a run that is now much faster than the first may end before the last kill: once more
+        at = sorted(rng.uniform(0, share * n) for _ in range(kills))
+        moments = [(int(line), rng.uniform(0, gap if line >= 1 else ready)) for line in at]
+        done = killed([*command, "--run_name", "killed"], folder, moments)
+        if done == kills:
+            break
+        folder.rename(folder.with_name(f"ended{share}"))
     assert done == kills, f"only {done} kills; give the run more to do"
-    assert same_weights(cwd / "runs" / "whole", folder), "weights differ"
-    assert metrics(cwd / "runs" / "whole") == metrics(folder), "metrics differ"
+    assert same_weights(whole, folder), "weights differ"
+    assert metrics(whole) == metrics(folder), "metrics differ"
     print(f"bit-equal after {done} kills: the weights and {len(metrics(folder))} lines of metrics")
 
 

@@ -457,6 +457,15 @@ def test_batches():
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
+def test_data_command_prints_the_normalisation(capsys):
+    common.data_command(common.DataArgs("shapes"))
+    data, text = common.load_data("shapes"), capsys.readouterr().out
+    six = [float(v) for v in text.split("--norm ")[1].split(",")]
+    x = data.train_x.numpy() / 255
+    assert np.allclose(six, [*x.mean((0, 2, 3)), *x.std((0, 2, 3))], atol=1e-4)
+    assert np.allclose(np.concatenate(common.NORMS["shapes"]), six, atol=1e-3) and data.norm == "shapes"
+
+
 def test_image_grid(tmp_path):
     from PIL import Image
     x = pictures(6, size=8)
