@@ -184,7 +184,7 @@ PAIRS = (("resnet56", "resnet20"), ("resnet20", "resnet56"), ("resnet32x4", "res
 PRESETS = {
     "auto": {"*": published, **{("cifar100", *pair): {} for pair in PAIRS}},  # D9
     "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", recipe="native", virtual_gpus=1,
-                       epochs=5, batch_size=50, lr=0.1)},
+                       epochs=4, batch_size=50, lr=0.1)},
     "smoke": {"*": smoke}}
 PUBLISHED = {  # (row's preset, data, teacher, student, shots) -> top-1, protocol; none of them with GDA
     **{(f"native {loss}", "cifar100", t, s, None): (top1, "mdistiller's table")

@@ -50,7 +50,7 @@ demo() {
     row demo teacher "$seed" "common.py train" --dataset shapes --arch resnet20 "$@"
     row demo scratch "$seed" "common.py train" --dataset shapes --arch resnet8 "$@"
     row demo fewshot_kd "$seed" pgdi.py --preset fewshot_kd --dataset shapes --teacher resnet20 --student resnet8 \
-      --shots 5 --epochs 6 --ep_steps 50 --kd_steps 50 --batch_size 48 --lr 0.1 --lr_tmax 6 --eval_every 2 "$@"
+      --shots 5 --epochs 4 --ep_steps 50 --kd_steps 50 --batch_size 48 --lr 0.1 --lr_tmax 4 "$@"
     row demo pgdi "$seed" pgdi.py --preset demo "$@"
     row demo netgraft "$seed" netgraft.py --preset demo "$@"
     row demo akd_gan "$seed" akd_gan.py --preset demo "$@"
