@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything with one command, on a fresh machine too (an active virtual environment is used, otherwise .venv is made).
 #
-#   bash run_all.sh demo      every method on shapes from one teacher, on a CPU: a few minutes after installation
+#   bash run_all.sh demo      every method on shapes from one teacher, on a CPU: under ten minutes on two slow cores
 #   bash run_all.sh laptop    the same on real CIFAR-10, ResNet-20 -> WRN-16-1, about 25 minutes a row, one thread each
 #   bash run_all.sh paper     every published row, three seeds, a process per GPU (METHOD ..., --only TEXT, --dry-run)
 #   bash run_all.sh test      the whole test suite; arguments go to pytest (-m "not slow", -k NAME ...)
