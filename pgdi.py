@@ -1,687 +1,729 @@
-"""PGDI: distil a student from a teacher and K labelled images per class, with images inverted from the teacher.
+"""Distil a student from a teacher and a few labelled images per class, by inverting the teacher.
 
-Paper   J. Wang, "Prior-Guided Deep Inversion for Few-Shot Knowledge Distillation" (code: the public PGDI repository).
-        Parent: Fang et al., "Up to 100x Faster Data-Free Knowledge Distillation", AAAI 2022, arXiv 2112.06253.
-Data    K labelled training images per class (default 5), not augmented (--augment_real does); the test split only for
-        reporting.
-Result  published, best test epoch of one run: CIFAR-100 WRN-40-2 -> WRN-16-1, 5 shots 53.65 (all rows: PUBLISHED)
+Why it works. A handful of images is too little to train a student, but the teacher carries traces
+of all its data: each batch norm has stored mean and variance of what passed through it. An image
+whose activations match them looks to the teacher like a training image; the search for such images
+is called inversion. A generator that starts from what its earlier searches found (meta-learning)
+needs ten steps where a search from noise needs thousands. Images found so drift to what is easy
+for the teacher; the few real ones hold them back, since features and logits of both shall be alike.
+They also look for what the student gets wrong (hence the minus in eq. 5). All images gather in a
+pool. From it and from the real images the student learns, in the beginning mostly from the latter.
 
-Once    the teacher sees the shots: features f_s, logits l_s, and for each class p_c = mean softmax(l_s / 2)
-Each epoch
-  1. clone the generator G into F; draw z ~ N(0, 1) and classes y
-  2. g_steps Adam steps on F and z; x = F(z), T and S see v = a random crop and flip of x, normalised
-       L     = bn*L_bn + oh*L_oh + adv*L_adv + guidance_loss_w*L_feat + logits_guidance_w*L_log                   (1)
-       L_bn  = sum_l ||V_l - v_l||_2 + ||M_l - m_l||_2    norm over channels, sum over batch-norm layers          (2)
-               m_l, v_l: mean and biased variance of the layer's input; from the second call on blended with their
-               running average,  m_l <- (1-bn_mmt)*m_l + bn_mmt*A_l; then A_l <- bn_mmt*A_l + (1-bn_mmt)*(the m_l
-               of the last step before blending)                                                                  (3)
-       L_oh  = CE(T(v), y)                                mean over batch                                         (4)
-       L_adv = -mean_i [T and S agree on i] KL(T(v_i) || S(v_i))   from epoch `warmup` on                         (5)
-       L_feat= sum_c m_c MMD_c / sum_c m_c                m_c generated images of class c                         (6)
-       MMD_c = mean k(x, x') + mean k(f, f') - 2 mean k(x, f) or 0,  k(a, b) = sum_s exp(-|a-b|^2 / 2s^2)         (7)
-       L_log = mean_i 0.997 KL(p_y || softmax(t_i / 2)) + 0.003 min_s |t_i - l_s|^2      s: shots of class y      (8)
-  3. keep the batch of the lowest L as 8-bit images in the pool; G takes one Adam step (rate lr_g*g_steps) along the
-     sum of the g_steps gradients of F                    first-order MAML                                        (9)
-  4. after `warmup` epochs: kd_steps SGD steps of S on a pool batch (augmented) and R shots, one batch-norm batch
-       L_kd  = alpha*KL_real + (1-alpha)*KL_pool,  KL = T^2 KL(p_T || p_S)     two batch means                    (10)
-       alpha and R fall by a cosine until mixed_distill_stop_epoch, then stay                                     (11)
+PGDI: J. Wang, "Prior-Guided Deep Inversion for Few-Shot Knowledge Distillation". Its parent, here
+preset fast: Fang et al., "Up to 100x Faster Data-Free Knowledge Distillation", arXiv 2112.06253.
 
-Symbols  T -> teacher (T in eq. (10): args.T), S -> student, G, F -> generator, fast, y -> targets, t -> t_logits,
-         (M_l, V_l), (m_l, v_l), A_l -> running, now, average, R -> n_real, x, f -> feat, shots.feat
+Once, T sees the shots: logits l_s, features f_s (channel means of the input of each conv, side by
+side), and p_c = mean over the shots of class c of softmax(l_s / 2). T is frozen, in eval mode.
+Each epoch, counted from 0:
+  1. copy the generator G into F; draw z ~ N(0, 1) and classes y
+  2. take g_steps Adam steps on F and z, while S stands still in eval mode: x = F(z), v = random
+     crop and flip of x, normalised, t = T(v), s = S(v), m_c = number of images of class c
+       L = bn L_bn + oh L_oh + adv L_adv + guidance_loss_w L_feat + logits_guidance_w L_log      (1)
+       L_bn   = sum_l ||V_l - v_l|| + ||M_l - m_l||   l: batch norms of T, norm over channels    (2)
+                v_l, m_l: biased variance and mean of the layer's input; from the second epoch on
+                m_l <- (1 - bn_mmt) m_l + bn_mmt A_l, v_l alike; A_l: average of past epochs     (3)
+       L_oh   = mean_i cross entropy of t_i and y_i                                              (4)
+       L_adv  = -mean_i [argmax t_i = argmax s_i] KL(softmax t_i || softmax s_i)
+                no gradient into t (but with preset fast); from epoch warmup - 1 on              (5)
+       L_feat = sum_c m_c MMD_c / sum_c m_c           over the classes that have shots           (6)
+       MMD_c  = max(0, mean k(x, x') + mean k(f, f') - 2 mean k(x, f)), over all pairs of class c;
+                the first two without x = x', f = f' if there are m_c shots and m_c > 1
+                k(a, b) = sum_s exp(-|a - b|^2 / 2 s^2), s in .1, 1, 5, 10, of features a, b     (7)
+       L_log  = mean_i 0.997 KL(p_y || softmax(t_i / 2)) + 0.003 min_s |t_i - l_s|^2, s of y     (8)
+  3. put the x of the lowest L into the pool, as floor(255 x). A_l <- bn_mmt A_l + (1 - bn_mmt) m_l
+     with the last step's m_l before (3), at first A_l = m_l. One Adam step of G, with the rate
+     g_steps lr_g, along the sum of the g_steps gradients of F (first-order MAML)                (9)
+  4. from epoch warmup on, kd_steps SGD steps of S in train mode, on a batch of the pool (crop and
+     flip) and R shots (as they are) in one forward pass, each part with its own mean
+       L_kd = alpha mean KL_real + (1 - alpha) mean KL_pool, KL = T^2 KL(p_T || p_S) at T = 20  (10)
+       alpha and R fall by a cosine until mixed_distill_stop_epoch                              (11)
 
-Deviations from the published code
-  D1 its features are detached: eq. (6) has no gradient, it only sways which batch is kept. --feature_grad 0 (default)
-     does the same, 1 (--preset described) moves the images by it: 74.0 instead of 45.7 % on CIFAR-10, 10 shots, small
-     budget (run_all.sh laptop). The features are the inputs of the convs, not their outputs
-  D2 it takes the shots of CIFAR-10 from CIFAR-100 and cannot load Tiny-ImageNet; here they come from the data set
-  D3 it reports the best test epoch; here the last one, the best beside it
-  D4 one teacher pass per synthesis step, not two; no hooks in step 4, the shots' logits cached, the pool in memory: the
-     same numbers (tests/test_pgdi.py)
-  D5 kept: L_adv starts one epoch before the student learns; resets fall before the last epoch of a 200-epoch run; the
-     cosine of the rate is 200 epochs long whatever --epochs is; the balanced sampler prefers low classes; the means of
-     (7) leave out a = b only where a class has as many generated images as shots
+Symbols: T teacher (in eq. 10 args.T), S student, G generator, F fast, y targets, R n_real, x', f'
+other images, shots; (M_l, V_l) running, (m_l, v_l) now, A_l average, f_s, l_s shots.feat, .logits
 
-  python pgdi.py --smoke                                                                     # no download, a minute
-  python pgdi.py --dataset cifar100 --teacher wrn40_2 --student wrn16_1 --shots 5 --seed 2   # the row above
-  python pgdi.py --preset fast          # no real images (Fast-Datafree); fewshot_kd: only them; long: 800 epochs
+Deviations from the published code:
+  D1 its features carry no gradient, so eq. (6) only sways which x is kept; the same here, but
+     --feature_grad (presets described, small, demo) lets them move the images
+  D2 it takes the shots of CIFAR-10 from CIFAR-100, and reads no Tiny-ImageNet; here: the data's own
+  D3 it reports the best test epoch; here the last one, with the best beside it
+
+Measured, top-1 of the last epoch: CIFAR-10, 10 shots, ResNet-20 (91.73) -> WRN-16-1, n = 1 each:
+  small 74.04, small_fast 68.48, small_script 45.66, small_fewshot_kd 32.17; shapes, 5 shots, mean
+  and std of n = 3: demo 84.67 +- 9.35, demo_fewshot_kd 16.43 +- 7.38. Published rows: not run
+  (there PGDI lies below fast in two cells, WRN-40-2 -> WRN-16-1: CIFAR-10 89.15 with 10 shots to
+  89.29, CIFAR-100 53.65 and 53.97 with 5 and 10 shots to 54.02)
+
+  python pgdi.py --smoke                              # the whole pipeline, no download
+  python pgdi.py --dataset cifar100 --shots 5 --seed 2    # WRN-40-2 -> WRN-16-1, published 53.65
+  python pgdi.py --preset described    # also fast (no real images), fewshot_kd (only them), long
 """
 import contextlib
-import itertools
 import math
+import random
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Callable, Iterator, Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 
 from common import (
-    ChannelStatistics, Run, accuracy, agreement, autocast, batches, build_model, cli, count_params_macs, evaluate,
-    evaluate_file, fail, get_teacher, has_statistics, load_data, lr_at, predict, published_row, quantize,
-    read_checkpoint, write_atomic)
+    ChannelStatistics, CommonArgs, Run, autocast, build_model, cli, evaluate, fail, flag,
+    get_teacher, has_statistics, load_data, quantize)
 
 
 @dataclass
-class Args:
-    # shared by all scripts, word for word
-    data_dir: str = "./data"  # where data sets, their cache and teachers are kept
-    data_url: str = ""  # own mirror of the archive, tried first
-    limit_train: int = 0  # class-balanced part of the training images; 0 = all
-    limit_test: int = 0  # class-balanced part of the test images; 0 = all
-    teacher_ckpt: str = ""  # teacher file of any published layout; none = placed in data_dir/teachers, else trained now
-    allow_weak_teacher: bool = False  # go on with a teacher near chance or far below its stored accuracy
-    norm: str = "auto"  # name in NORMS or six numbers (means, stds); auto = the teacher's, else the data set's
-    preset: str = "auto"  # published values of the pair, or a variant; none = the bare defaults
-    smoke: bool = False  # the whole pipeline on a few shapes, under a minute on a CPU
-    seed: int = 0  # seeds python, numpy, torch; pgdi: the choice of shots too
-    deterministic: bool = False  # deterministic kernels, an error where there are none
-    device: str = "auto"  # auto, cuda, cuda:N or cpu
-    amp: Literal["none", "bf16"] = "none"  # bf16 autocast of the networks; losses stay in float32
-    compile: bool = False  # torch.compile of the networks in the student's steps
-    select: Literal["last", "best_test"] = "last"  # weights in student.pt; the result is the last epoch's
-    eval_every: int = 1  # epochs between evaluations (the last one always)
-    log_every: int = 100  # steps between log points
-    save_every: int = 10  # epochs between checkpoints (and every 5 minutes)
-    out_dir: str = "runs"  # parent of the run folder
-    run_name: str = ""  # exact name of the run folder; derived if not given
-    resume: str = ""  # run folder to go on with
-    evaluate: str = ""  # run folder or checkpoint: print every metric and exit
-    time_limit: float = 0.0  # seconds until a clean stop; 0 = none
-    tensorboard: bool = False  # also write TensorBoard files
-    # the method's own defaults
-    dataset: str = "cifar100"  # cifar10, cifar100, tiny_imagenet, shapes, or a folder of your own
-    teacher: str = "wrn40_2"  # network: a name in MODELS, or file.py:callable
-    student: str = "wrn16_1"  # network: a name in MODELS, or file.py:callable
-    shots: int = 5  # labelled real images per class (published: those of --seed 2)
-    epochs: int = 200  # rounds of synthesis and distillation
-    batch_size: int = 256  # pool images per distillation step
-    lr: float = 0.2  # peak learning rate of the student
-    weight_decay: float = 1e-4  # on all parameters
-    momentum: float = 0.9  # SGD momentum
-    lr_tmax: int = 200  # length of the rate's cosine in epochs after the warm-up
-    T: float = 20.0  # temperature of eq. (10)
-    warmup: int = 20  # epochs that only fill the pool
-    ep_steps: int = 400  # ep_steps // kd_steps rounds of steps 1-4 per epoch
-    kd_steps: int = 400  # student steps per round
+class Args(CommonArgs):
+    dataset: str = flag("cifar100", "cifar10, cifar100, tiny_imagenet, shapes, or your own folder")
+    teacher: str = flag("wrn40_2", "network: a name in MODELS, or file.py:callable")
+    student: str = flag("wrn16_1", "network: a name in MODELS, or file.py:callable")
+    method: Literal["PGDI"] = flag("PGDI", "changes nothing; the published command has it")
+    shots: int = flag(5, "labelled images per class, chosen by --seed", "fewshot_n_per_class")
+    epochs: int = flag(200, "rounds of synthesis and distillation", low=1)
+    warmup: int = flag(20, "epochs that only fill the pool")
+    kd_steps: int = flag(400, "student steps per epoch", low=1)
+    batch_size: int = flag(256, "pool images per student step", low=1)
+    lr: float = flag(0.2, "learning rate of the student after the warm-up")
+    lr_tmax: int = flag(200, "epochs in which it falls by a cosine; --epochs may differ", low=1)
+    momentum: float = flag(0.9, "momentum of the student's SGD")
+    weight_decay: float = flag(1e-4, "weight decay of the student, on all parameters", "wd")
+    T: float = flag(20.0, "temperature of distillation, eq. (10)", low=1e-6)
     # steps 1-3
-    synthesis_batch_size: int = 512  # images per round; 0 = batch_size
-    g_steps: int = 10  # steps on F and z per round; 0 = no synthesis
-    lr_g: float = 5e-3  # learning rate of F; G takes lr_g * g_steps
-    lr_z: float = 0.015  # learning rate of z
-    ngf: int = 64  # width of the generator
-    adv: float = 1.33  # weight of eq. (5)
-    bn: float = 5.0  # weight of eq. (2)
-    oh: float = 0.001  # weight of eq. (4)
-    guidance_loss_w: float = 100.0  # weight of eq. (6)
-    logits_guidance_w: float = 1.0  # weight of eq. (8)
-    bn_mmt: float = 0.9  # momentum of eq. (3); 0 = none
-    guidance_loss_type: Literal["mmd", "l2_min", "l2_mean"] = "mmd"  # eq. (6); l2: distance to nearest or mean shot
-    teacher_feature_source: Literal["all_conv", "bn_hooks"] = "all_conv"  # channel means of the inputs of convs or BNs
-    logits_loss_type: Literal["hybrid_kl_min_l2", "kl_softmax", "min_l2_logits"] = "hybrid_kl_min_l2"  # of eq. (8)
-    feature_grad: Literal[0, 1] = 0  # D1: 1 = eq. (6) moves the images, as the paper describes
-    adv_grad: Literal["student", "both"] = "student"  # logits that eq. (5) has a gradient through
-    reset_l0: int = 200  # every so many epochs G's first layers are drawn anew; 0 = never
-    reset_bn: int = 200  # every so many epochs G's batch norms are drawn anew; 0 = never
-    reset_once: bool = False  # the first layers only once instead, 120 epochs after the warm-up (Fast-Datafree)
+    synthesis_batch_size: int = flag(512, "images made per epoch", low=1)
+    g_steps: int = flag(10, "steps on generator and noise per epoch; 0 = make no images")
+    lr_g: float = flag(5e-3, "learning rate of the generator's copy; its own is g_steps times that")
+    lr_z: float = flag(0.015, "learning rate of the noise")
+    ngf: int = flag(64, "width of the generator", low=1)
+    bn: float = flag(5.0, "weight of the batch-norm statistics, eq. (2)")
+    bn_mmt: float = flag(0.9, "share of the earlier epochs in them, eq. (3); 0 = none")
+    oh: float = flag(0.001, "weight of the wanted class, eq. (4)")
+    adv: float = flag(1.33, "weight of the student's disagreement, eq. (5)")
+    adv_teacher_grad: bool = flag(False, "the gradient of eq. (5) passes through the teacher too")
+    guidance_loss_w: float = flag(100.0, "weight of the shots' features, eq. (6)")
+    feature_grad: bool = flag(False, "eq. (6) moves the images, as the paper describes (D1)")
+    logits_guidance_w: float = flag(1.0, "weight of the shots' logits, eq. (8)")
+    reset_l0: int = flag(200, "period in epochs of redrawing the generator's first layers")
+    reset_bn: int = flag(200, "period of redrawing its batch norms; 0 = never")
+    reset_once: int = flag(0, "redraw its first layers only before this epoch, counted from 1")
     # step 4
-    alpha_schedule: Literal["cosine", "linear", "none"] = "cosine"  # eq. (11); none = the initial value until the stop
-    alpha_initial: float = 0.9  # weight of the real images at epoch 0
-    alpha_final_stage: float = 0.2  # and from the stop on
-    real_fewshot_schedule: Literal["cosine", "linear", "none"] = "cosine"  # eq. (11)
-    real_fewshot_initial: int = 256  # real images per step at epoch 0 (at most all shots)
-    real_fewshot_final_stage: int = 8  # and from the stop on
-    mixed_distill_stop_epoch: int = 100  # end of both curricula
-    augment_real: bool = False  # crop and flip the shots too
-    export_pool: bool = False  # with --evaluate RUN_FOLDER: write its pool as RUN_FOLDER/pool.npz
+    alpha_initial: float = flag(0.9, "weight of the real images in epoch 0")
+    alpha_final_stage: float = flag(0.2, "and at the end of the curriculum")
+    real_fewshot_initial: int = flag(256, "real images per step in epoch 0, at most all shots")
+    real_fewshot_final_stage: int = flag(8, "and at the end of the curriculum")
+    mixed_distill_stop_epoch: int = flag(100, "end of the curriculum, eq. (11)", low=1)
+    augment_real: bool = flag(False, "crop and flip the real images too")
 
 
-PAIRS = (("resnet34", "resnet18"), ("vgg11", "resnet18"), ("wrn40_2", "wrn16_1"), ("wrn40_2", "wrn40_1"),
-         ("wrn40_2", "wrn16_2"))
-SCRIPT = {(dataset, *pair): {} for dataset in ("cifar10", "cifar100") for pair in PAIRS} | {
-    ("tiny_imagenet", "resnet34", "resnet18"): {}}  # only one script is published: its values serve every pair
-
-
-def fast(look: dict) -> dict:
-    """Fast-Datafree: no real images, weights by the teacher."""
-    adv, oh = {"resnet34": (1.33, 0.5), "vgg11": (1.0, 0.5)}.get(look["teacher"], (1.1, 0.4))
-    return dict(shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
-                real_fewshot_initial=0, real_fewshot_final_stage=0, epochs=220, synthesis_batch_size=256, bn=10.0,
-                oh=oh, adv=adv, lr_z=0.01, lr_g=2e-3, adv_grad="both", reset_l0=0, reset_bn=0, reset_once=True)
-
-
-PRESETS = {
-    "auto": SCRIPT,
-    "script": SCRIPT,
-    "described": {"*": dict(feature_grad=1), **SCRIPT},
-    "long": {"*": dict(epochs=800, mixed_distill_stop_epoch=300),
-             **{pair: dict(epochs=1200 if pair[1] == "resnet34" else 800) for pair in SCRIPT}},
-    "fast": {"*": fast, **SCRIPT},
-    "fewshot_kd": {"*": dict(g_steps=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0,
-                             real_fewshot_final_stage=256, augment_real=True), **SCRIPT},
-    "demo": {"*": dict(dataset="shapes", teacher="resnet20", student="resnet8", shots=5, epochs=13, warmup=3,
-                       ep_steps=50, kd_steps=50, batch_size=48, synthesis_batch_size=64, ngf=16, lr=0.1, lr_tmax=10,
-                       real_fewshot_initial=32, mixed_distill_stop_epoch=8, feature_grad=1, eval_every=4)},
-    "smoke": {"*": dict(dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300, limit_test=200,
-                        epochs=2, warmup=1, ep_steps=4, kd_steps=4, batch_size=32, synthesis_batch_size=32, g_steps=2,
-                        ngf=8, allow_weak_teacher=True)}}
-ALIASES = {"method": {"PGDI": None, "pgdi": None}, "wd": "weight_decay", "save_dir": "out_dir"}
-FIVE, TEN = (94.61, 90.67, 88.45, 92.89, 92.73, 76.96, 70.15, 53.65, 69.46, 69.24, 64.13), (
-    95.10, 91.32, 89.15, 93.23, 92.83, 77.13, 70.97, 53.97, 69.55, 69.40, 64.17)
-FAST_10 = (94.05, 90.53, 89.29, 92.51, 92.45, 74.34, 67.44, 54.02, 63.91, 65.12)
-ONE_RUN = "best test epoch, one run"
-PUBLISHED = {  # (preset, dataset, teacher, student, shots) -> top-1, protocol
-    **{("auto", *pair, shots): (top1, ONE_RUN) for shots, column in ((5, FIVE), (10, TEN))
-       for pair, top1 in zip(SCRIPT, column)},
-    **{("fast", *pair, 0): (top1, ONE_RUN) for pair, top1 in zip(SCRIPT, FAST_10)}}
+FAST = dict(  # no real images, nothing drawn from the training split
+    shots=0, guidance_loss_w=0.0, logits_guidance_w=0.0, alpha_initial=0.0, alpha_final_stage=0.0,
+    real_fewshot_initial=0, real_fewshot_final_stage=0, epochs=220, synthesis_batch_size=256,
+    bn=10.0, oh=0.4, adv=1.1, adv_teacher_grad=True, lr_z=0.01, lr_g=2e-3,
+    reset_l0=0, reset_bn=0, reset_once=140)
+FEWSHOT_KD = dict(  # real images only: the baseline
+    g_steps=0, warmup=0, alpha_initial=1.0, alpha_final_stage=1.0, real_fewshot_final_stage=256,
+    augment_real=True)
+SMALL = dict(  # 25 minutes of one core
+    dataset="cifar10", teacher="resnet20", student="wrn16_1", epochs=60, warmup=10, kd_steps=150,
+    batch_size=64, lr=0.1, lr_tmax=50, synthesis_batch_size=128, ngf=32, eval_every=5)
+SMALL_SHOTS = dict(shots=10, real_fewshot_initial=32, mixed_distill_stop_epoch=30)
+PRESETS = {  # name: {"*": always, (dataset, teacher, student): for that pair}
+    "auto": {},  # one script is published; its values, the defaults above, serve every pair
+    "described": {"*": dict(feature_grad=True)},
+    "long": {  # as in the first version of the published code
+        "*": dict(epochs=800, mixed_distill_stop_epoch=300),
+        ("cifar10", "resnet34", "resnet18"): dict(epochs=1200),
+        ("cifar100", "resnet34", "resnet18"): dict(epochs=1200),
+    },
+    "fast": {
+        "*": FAST,
+        ("cifar10", "resnet34", "resnet18"): dict(adv=1.33, oh=0.5),
+        ("cifar100", "resnet34", "resnet18"): dict(adv=1.33, oh=0.5),
+        ("tiny_imagenet", "resnet34", "resnet18"): dict(adv=1.33, oh=0.5),
+        ("cifar10", "vgg11", "resnet18"): dict(adv=1.0, oh=0.5),
+        ("cifar100", "vgg11", "resnet18"): dict(adv=1.0, oh=0.5),
+    },
+    "fewshot_kd": {"*": FEWSHOT_KD},
+    "small": {"*": dict(**SMALL, **SMALL_SHOTS, feature_grad=True)},
+    "small_script": {"*": dict(**SMALL, **SMALL_SHOTS)},
+    "small_fast": {"*": {**FAST, **SMALL}},
+    "small_fewshot_kd": {"*": {**SMALL, **FEWSHOT_KD, "shots": 10, "lr_tmax": 60}},
+    "demo": {"*": dict(
+        dataset="shapes", teacher="resnet20", student="resnet8", epochs=13, warmup=3, kd_steps=50,
+        batch_size=48, lr=0.1, lr_tmax=10, synthesis_batch_size=64, ngf=16, feature_grad=True,
+        real_fewshot_initial=32, mixed_distill_stop_epoch=8, eval_every=4)},
+    "demo_fewshot_kd": {"*": dict(
+        **FEWSHOT_KD, dataset="shapes", teacher="resnet20", student="resnet8", epochs=4,
+        kd_steps=50, lr=0.1, lr_tmax=4)},
+    "smoke": {"*": dict(
+        smoke=True, dataset="shapes", teacher="resnet8", student="resnet8", limit_train=300,
+        epochs=2, warmup=1, kd_steps=4, batch_size=32, synthesis_batch_size=32, g_steps=2, ngf=8)},
+}
+FRAMEWORK_INIT = ("resnet18", "resnet34", "resnet50")  # published with torch's own first weights
 
 
 class Generator(nn.Module):
     """z (B, nz) -> images (B, 3, size, size) in [0, 1]."""
 
-    def __init__(self, nz: int = 256, ngf: int = 64, size: int = 32):
+    def __init__(self, nz=256, ngf=64, size=32):
         super().__init__()
+        self.nz = nz
         self.side = size // 4
         self.l1 = nn.Sequential(nn.Linear(nz, 2 * ngf * self.side ** 2))
-        self.conv_blocks = nn.Sequential(  # (B, 2ngf, size/4, size/4)
-            nn.BatchNorm2d(2 * ngf), nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * ngf, 2 * ngf, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * ngf), nn.LeakyReLU(0.2, inplace=True),
+        self.conv_blocks = nn.Sequential(  # (B, 2 ngf, size / 4, size / 4)
+            nn.BatchNorm2d(2 * ngf),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * ngf, ngf, 3, 1, 1, bias=False), nn.BatchNorm2d(ngf), nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(ngf, 3, 3, 1, 1), nn.Sigmoid())
+            nn.Conv2d(2 * ngf, 2 * ngf, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2 * ngf),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * ngf, ngf, 3, padding=1, bias=False),
+            nn.BatchNorm2d(ngf),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(ngf, 3, 3, padding=1),
+            nn.Sigmoid())
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         x = self.l1(z).view(len(z), -1, self.side, self.side)
         return self.conv_blocks(x.contiguous(memory_format=torch.channels_last))
 
 
-def resets_at(ep: int, args: Args) -> tuple[bool, bool]:
-    """Whether the first layers and the batch norms are drawn anew at the start of epoch ep = 1, 2 ... (D5)"""
-    l0 = ep == args.warmup + 120 if args.reset_once else args.reset_l0 > 0 and ep % args.reset_l0 == 0
-    return l0, args.reset_bn > 0 and ep % args.reset_bn == 0
-
-
-def reset(generator: Generator, l0: bool, bn: bool) -> None:
-    """Draw the first layer and the first batch norm, or all batch norms, anew; Adam's moments are kept."""
-    if l0:
+def reset(generator, args, epoch):
+    """Redraw parts of G in some epochs, so that it does not settle; its Adam keeps its moments."""
+    number = epoch + 1
+    first_layers = number == args.reset_once
+    if args.reset_l0 and number % args.reset_l0 == 0:
+        first_layers = True
+    if first_layers:
         for m in (generator.l1[0], generator.conv_blocks[0]):
             nn.init.normal_(m.weight, 0, 0.02)
             nn.init.zeros_(m.bias)
-    for m in generator.modules() if bn else ():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight, 1, 0.02)
-            nn.init.zeros_(m.bias)
+
+    if args.reset_bn and number % args.reset_bn == 0:
+        for m in generator.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1, 0.02)
+                nn.init.zeros_(m.bias)
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
-
-def kl_rows(s_logits: Tensor, t_logits: Tensor, T: float = 1.0) -> Tensor:
-    """T^2 KL(t || s) of each row (sum over classes); gradient into both."""
-    return T * T * F.kl_div(F.log_softmax(s_logits / T, 1), F.log_softmax(t_logits / T, 1), reduction="none",
-                            log_target=True).sum(1)
-
-
-def kd_loss(s_logits: Tensor, t_logits: Tensor, n_real: int, alpha: float, T: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (10) of a batch [pool images; n_real shots] -> (total, pool mean, real mean); an absent part counts 0."""
-    rows = kl_rows(s_logits, t_logits, T)
-    pool, real = rows[:len(rows) - n_real], rows[len(rows) - n_real:]
-    pool, real = (part.mean() if len(part) else rows.new_zeros(()) for part in (pool, real))
-    return alpha * real + (1 - alpha) * pool, pool, real
-
-
-def adv_loss(s_logits: Tensor, t_logits: Tensor, adv_grad: str = "student") -> Tensor:
-    """Eq. (5): only where both name the same class; divided by the batch size, not by their number."""
-    agree = s_logits.argmax(1) == t_logits.argmax(1)
-    return -(agree * kl_rows(s_logits, t_logits.detach() if adv_grad == "student" else t_logits)).mean()  # eq. (5)
-
-
-def bn_loss(now: Tensor, running: Tensor, sizes: list[int]) -> Tensor:
-    """Eq. (2) for means and variances (2, sum of sizes), layer by layer. Norm over channels, sum over layers."""
-    return torch.stack([part.norm(dim=1) for part in (running - now).split(sizes, 1)]).sum()
-
-
-SIGMAS = (0.1, 1.0, 5.0, 10.0)
-
-
-def kernel(square: Tensor) -> Tensor:
-    return sum(torch.exp(square / (-2 * s * s)) for s in SIGMAS)
-
-
-def kernel_sums(feat: Tensor, targets: Tensor, onehot: Tensor, shots: "Shots") -> tuple[Tensor, Tensor]:
-    """(C,) sums of the kernel of eq. (7) over the pairs of a class: generated-generated, generated-real."""
-    norms = feat.square().sum(1)
-    square = (norms[:, None] + norms - 2 * feat @ feat.T).clamp(min=0)  # (B, B)
-    square = square.masked_fill(torch.eye(len(feat), dtype=torch.bool, device=feat.device), 0)  # no rounding there
-    cross = kernel((feat[:, None] - shots.feat[targets]).square().sum(2)) * shots.valid[targets]  # (B, n)
-    return ((kernel(square) @ onehot) * onehot).sum(0), cross.sum(1) @ onehot
-
-
-def feature_prior(feat: Tensor, targets: Tensor, shots: "Shots", kind: str = "mmd") -> Tensor:
-    """Eq. (6) over the classes that have shots; l2_min, l2_mean: mean over samples of the squared distance to the
-    nearest shot, of the mean squared error to the mean shot."""
-    known = shots.count[targets] > 0
-    if kind != "mmd":
-        if kind == "l2_min":
-            square = (feat[:, None] - shots.feat[targets]).square().sum(2)  # (B, n)
-            rows = square.masked_fill(~shots.valid[targets], math.inf).amin(1)
-        else:
-            mean = shots.feat.sum(1) / shots.count.clamp(min=1)[:, None]  # (C, D)
-            rows = (feat - mean[targets]).square().mean(1)
-        return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
-    onehot = (targets[:, None] == torch.arange(len(shots.count), device=targets.device)).to(feat)  # (B, C)
-    m, n, k0 = onehot.sum(0), shots.count.to(feat), len(SIGMAS)  # k0 = k(a, a)
-    sxx, sxy = kernel_sums(feat, targets, onehot, shots)
-    unbiased = (m == n) & (m > 1)
-    within = torch.where(
-        unbiased, (sxx - k0 * m + shots.syy - k0 * n) / (m * (m - 1)).clamp(min=1),
-        sxx / m.clamp(min=1) ** 2 + shots.syy / n.clamp(min=1) ** 2)
-    mmd = (within - 2 * sxy / (m * n).clamp(min=1)).clamp(min=0)  # eq. (7)
-    weight = m * (n > 0)
-    return (weight * mmd).sum() / weight.sum().clamp(min=1)  # eq. (6)
-
-
-def logits_prior(t_logits: Tensor, targets: Tensor, shots: "Shots", kind: str = "hybrid_kl_min_l2", T: float = 2.0,
-                 hybrid: float = 0.997) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (8) -> (total, KL part, distance part): means over the samples whose class has shots, sums over classes."""
-    known, zero = shots.count[targets] > 0, t_logits.new_zeros(())
-
-    def mean(rows: Tensor) -> Tensor:
-        return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
-
-    kl = l2 = zero
-    if kind != "min_l2_logits":
-        kl = mean(F.kl_div(F.log_softmax(t_logits / T, 1), shots.soft(T)[targets], reduction="none").sum(1))
-    if kind != "kl_softmax":
-        square = (t_logits[:, None] - shots.logits[targets]).square().sum(2)  # (B, n)
-        l2 = mean(square.masked_fill(~shots.valid[targets], math.inf).amin(1))
-    return hybrid * kl + (1 - hybrid) * l2 if kind == "hybrid_kl_min_l2" else kl + l2, kl, l2  # eq. (8)
-
-
-class Shots:
-    """Features and logits of the labelled images by class: (C, n, ...), padded where classes differ in number."""
-
-    def __init__(self, feat: Tensor, logits: Tensor, labels: Tensor, num_classes: int):
-        self.count = torch.bincount(labels, minlength=num_classes)  # (C,)
-        self.valid = torch.arange(int(self.count.max()), device=labels.device) < self.count[:, None]  # (C, n)
-        order = labels.argsort(stable=True)
-        self.feat, self.logits = (v.new_zeros(*self.valid.shape, v.shape[1]) for v in (feat, logits))
-        self.feat[self.valid], self.logits[self.valid] = feat[order], logits[order]
-        self.syy = torch.stack([(kernel((f[:, None] - f).square().sum(2)) * v[:, None] * v).sum()
-                                for f, v in zip(self.feat, self.valid)])  # once, class by class: they can be large
-
-    def soft(self, T: float) -> Tensor:
-        """(C, C) mean soft label of each class."""
-        return (F.softmax(self.logits / T, 2) * self.valid[..., None]).sum(1) / self.count.clamp(min=1)[:, None]
-
-
-# --------------------------------------------------------------------------------------------- steps 1-3: synthesis
-
-FEATURE_LAYERS = {"all_conv": nn.Conv2d, "bn_hooks": nn.BatchNorm2d, "none": ()}
-
+# ------------------------------------------------- what the teacher shows of images, and of shots
 
 @contextlib.contextmanager
-def tapped(teacher: nn.Module, source: str, feature_grad: int = 0) -> Iterator[dict[str, list]]:
-    """While open, each pass of the teacher appends the statistics of its BN inputs and the features of the images."""
-    taps: dict[str, list] = {"bn": [], "feat": []}
-
-    def wide(h: Tensor) -> Tensor:
-        return h.to(torch.promote_types(h.dtype, torch.float32))
-
-    def statistics(_: nn.Module, inputs: tuple) -> None:
-        taps["bn"].append(ChannelStatistics.apply(wide(inputs[0])))  # (2, C_l)
-
-    def features(_: nn.Module, inputs: tuple) -> None:
-        h = inputs[0] if feature_grad else inputs[0].detach()  # D1
-        taps["feat"].append(wide(h).mean((2, 3)))  # (B, C_l)
-
-    hooks = [m.register_forward_pre_hook(statistics) for m in teacher.modules() if has_statistics(m)]
-    hooks += [m.register_forward_pre_hook(features) for m in teacher.modules() if isinstance(m, FEATURE_LAYERS[source])]
+def before_each(modules, look):
+    """While open, look(module, inputs) is called before each forward pass of the modules."""
+    hooks = [m.register_forward_pre_hook(look) for m in modules]
     try:
-        yield taps
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def observe(teacher, v, amp="none", features=True, feature_grad=False):
+    """One pass of T over normalised images v shows all that eqs. (2) to (8) need.
+
+    -> logits (B, C), mean and variance of the batch norms' inputs (2, channels), features (B, D)
+    """
+    statistics, means = [], []
+
+    def look_at_norm(m, inputs):
+        statistics.append(ChannelStatistics.apply(inputs[0]))  # (2, C_l)
+
+    def look_at_conv(m, inputs):
+        h = inputs[0] if feature_grad else inputs[0].detach()  # D1
+        wide = torch.promote_types(h.dtype, torch.float32)
+        means.append(h.mean((2, 3), dtype=wide))  # (B, C_l)
+
+    norms = [m for m in teacher.modules() if has_statistics(m)]
+    convs = [m for m in teacher.modules() if features and isinstance(m, nn.Conv2d)]
+    with before_each(norms, look_at_norm), before_each(convs, look_at_conv):
+        with autocast(v.device, amp):
+            t_logits = teacher(v)
+
+    t_logits = t_logits.to(v.dtype)
+    now = torch.cat(statistics, 1) if statistics else None
+    feat = torch.cat(means, 1) if means else t_logits[:, :0]
+    return t_logits, now, feat
+
+
 @torch.no_grad()
-def bn_order(teacher: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The batch norms with running statistics that a pass meets, in that order."""
-    met: list = []
-    hooks = [m.register_forward_pre_hook(lambda m, _: met.append(m)) for m in teacher.modules() if has_statistics(m)]
-    teacher(x)
-    for hook in hooks:
-        hook.remove()
-    return met
+def stored_statistics(teacher, v, amp="none"):
+    """Mean and variance of each batch norm, [(2, C_l)], in the order in which a pass meets them."""
+    stored = []
+
+    def look(m, inputs):
+        stored.append(torch.stack([m.running_mean, m.running_var]))
+
+    norms = [m for m in teacher.modules() if has_statistics(m)]
+    with before_each(norms, look), autocast(v.device, amp):
+        teacher(v)
+    return stored
 
 
-class BNStatistics:
-    """The teacher's running means and variances (2, all channels), and the running average A_l of eq. (3)."""
+def pick_shots(labels, shots, seed):
+    """Indices of so many images of each class, drawn as the published code draws them."""
+    draw = random.Random(seed)
+    chosen = []
+    for c in range(labels.max() + 1):
+        members = np.flatnonzero(labels == c).tolist()
+        if shots > len(members):
+            fail(f"--shots {shots}: class {c} has only {len(members)} images")
+        chosen += draw.sample(members, shots)
+    return chosen
 
-    def __init__(self, layers: list[nn.Module]):
-        self.sizes, pairs = [m.num_features for m in layers], [(m.running_mean, m.running_var) for m in layers]
-        self.running = torch.cat([torch.stack(pair) for pair in pairs], 1) if layers else torch.zeros(2, 0)
-        self.average: Optional[Tensor] = None
 
-    def blend(self, now: Tensor, mmt: float) -> Tensor:
-        return now if self.average is None else (1 - mmt) * now + mmt * self.average  # eq. (3)
+class Shots:
+    """What the teacher sees in the shots, by class: (C, n, ...), padded where numbers differ."""
 
-    def update(self, now: Tensor, mmt: float) -> None:
-        if mmt:
-            self.average = now if self.average is None else mmt * self.average + (1 - mmt) * now  # eq. (3)
+    def __init__(self, feat, logits, labels, num_classes, T=2.0):
+        self.classes = torch.arange(num_classes, device=labels.device)
+        self.count = (labels[:, None] == self.classes).sum(0)  # (C,)
+        slots = torch.arange(int(self.count.max()), device=labels.device)
+        self.valid = slots < self.count[:, None]  # (C, n): the rest is padding
+        by_class = labels.argsort(stable=True)
+        self.feat = feat.new_zeros(*self.valid.shape, feat.shape[1])  # f_s (C, n, D)
+        self.feat[self.valid] = feat[by_class]
+        self.logits = logits.new_zeros(*self.valid.shape, logits.shape[1])  # l_s (C, n, C)
+        self.logits[self.valid] = logits[by_class]
 
-    def state_dict(self) -> dict:
+        self.T = T
+        soft = F.softmax(self.logits / T, 2) * self.valid[:, :, None]
+        self.soft = soft.sum(1) / self.count.clamp(min=1)[:, None]  # p_c (C, C)
+
+        sums = []  # of k(f, f') over all pairs; class by class, as the differences are large
+        for f, valid in zip(self.feat, self.valid):
+            f = f[valid]
+            sums.append(kernel((f[:, None] - f).square().sum(2)).sum())
+        self.kernel_sum = torch.stack(sums)  # (C,)
+
+
+@torch.no_grad()
+def see_shots(teacher, v, labels, num_classes, amp="none"):
+    """Of normalised images v, in pieces -> Shots, and the logits in the order of v."""
+    seen = [observe(teacher, part, amp) for part in v.split(250)]
+    logits = torch.cat([t_logits for t_logits, _, _ in seen])
+    feat = torch.cat([part for _, _, part in seen])
+    return Shots(feat, logits, labels, num_classes), logits
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+def blend(now, average, share):
+    """Eq. (3), and the average itself; the first time there is none."""
+    if average is None:
+        return now
+    return (1 - share) * now + share * average
+
+
+def bn_loss(now, running, sizes):
+    """Eq. (2); now, running (2, channels of all layers); sizes: the channels of each layer."""
+    layers = (running - now).split(sizes, 1)
+    return torch.stack([layer.norm(dim=1) for layer in layers]).sum()
+
+
+def kl_rows(s_logits, t_logits, T=1.0):
+    """T^2 KL(t || s) of each image, summed over classes; gradient into both."""
+    s_logp = F.log_softmax(s_logits / T, 1)
+    t_logp = F.log_softmax(t_logits / T, 1)
+    return T * T * F.kl_div(s_logp, t_logp, reduction="none", log_target=True).sum(1)
+
+
+def adv_loss(s_logits, t_logits, teacher_grad=False):
+    """Eq. (5): only images on which S and T agree count, but the mean is over all of them."""
+    agree = s_logits.argmax(1) == t_logits.argmax(1)
+    if not teacher_grad:
+        t_logits = t_logits.detach()
+    return -(agree * kl_rows(s_logits, t_logits)).mean()
+
+
+SIGMAS = (0.1, 1.0, 5.0, 10.0)
+
+
+def kernel(square):
+    """k of eq. (7), of squared distances."""
+    return sum(torch.exp(square / (-2 * sigma * sigma)) for sigma in SIGMAS)
+
+
+def kernel_sums(feat, member, targets, shots):
+    """(C,) sums of k over the pairs of each class: images with images, images with shots."""
+    norms = feat.square().sum(1)
+    square = (norms[:, None] + norms - 2 * feat @ feat.T).clamp(min=0)  # (B, B)
+    square = square.fill_diagonal_(0)  # rounding leaves a little there, which sigma 0.1 would see
+    made = ((kernel(square) @ member) * member).sum(0)
+
+    square = (feat[:, None] - shots.feat[targets]).square().sum(2)  # (B, n): shots of its own class
+    cross = kernel(square) * shots.valid[targets]
+    return made, cross.sum(1) @ member
+
+
+def feature_prior(feat, targets, shots):
+    """Eq. (6): maximum mean discrepancy of made and real features, all classes at once."""
+    member = (targets[:, None] == shots.classes).to(feat.dtype)  # (B, C): one-hot
+    m = member.sum(0)  # (C,): made images of each class
+    n = shots.count.to(feat.dtype)  # (C,): shots
+    made, cross = kernel_sums(feat, member, targets, shots)
+    real = shots.kernel_sum
+
+    # eq. (7): means over all pairs, or without the pairs of an image with itself, where k is 4
+    own = len(SIGMAS)
+    all_pairs = made / m.clamp(min=1) ** 2 + real / n.clamp(min=1) ** 2
+    other_pairs = (made - own * m + real - own * n) / (m * (m - 1)).clamp(min=1)
+    within = torch.where((m == n) & (m > 1), other_pairs, all_pairs)
+    mmd = (within - 2 * cross / (m * n).clamp(min=1)).clamp(min=0)
+
+    weight = m * (n > 0)
+    return (weight * mmd).sum() / weight.sum().clamp(min=1)  # eq. (6)
+
+
+def mean_where(known, rows):
+    return torch.where(known, rows, 0).sum() / known.sum().clamp(min=1)
+
+
+def label_prior(t_logits, targets, shots):
+    """First half of eq. (8): KL to the mean soft label of the class's shots."""
+    logp = F.log_softmax(t_logits / shots.T, 1)
+    rows = F.kl_div(logp, shots.soft[targets], reduction="none").sum(1)
+    return mean_where(shots.count[targets] > 0, rows)
+
+
+def nearest_prior(t_logits, targets, shots):
+    """Second half of eq. (8): squared distance to the nearest logits of the class's shots."""
+    square = (t_logits[:, None] - shots.logits[targets]).square().sum(2)  # (B, n)
+    rows = square.masked_fill(~shots.valid[targets], math.inf).amin(1)
+    return mean_where(shots.count[targets] > 0, rows)
+
+
+def logits_prior(t_logits, targets, shots, share=0.997):
+    """Eq. (8), over the images whose class has shots."""
+    kl = label_prior(t_logits, targets, shots)
+    nearest = nearest_prior(t_logits, targets, shots)
+    return share * kl + (1 - share) * nearest
+
+
+def kd_loss(s_logits, t_logits, n_real, alpha, T):
+    """Eq. (10) of a batch [pool images; n_real shots] -> total, pool part, real part."""
+    rows = kl_rows(s_logits, t_logits, T)
+    n_pool = len(rows) - n_real
+    pool = rows[:n_pool].sum() / max(n_pool, 1)
+    real = rows[n_pool:].sum() / max(n_real, 1)
+    return alpha * real + (1 - alpha) * pool, pool, real
+
+
+# --------------------------------------------------------------------------- steps 1-3: synthesis
+
+class Judges:
+    """What judges made images in step 2; no student: without eq. (5), no shots: without priors."""
+
+    def __init__(self, teacher, shots, stored):
+        self.teacher = teacher
+        self.student = None
+        self.shots = shots
+        self.sizes = [layer.shape[1] for layer in stored]
+        self.running = torch.cat(stored, 1) if stored else None  # V_l, M_l: (2, channels)
+        self.average = None  # A_l, none before the second epoch
+
+    def state_dict(self):
         return {"average": self.average}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.average = None if state["average"] is None else state["average"].to(self.running.device)
+    def load_state_dict(self, state):
+        self.average = state["average"]
+        if self.average is not None:
+            self.average = self.average.to(self.running.device)
 
 
-TERMS = ("total", "bn", "oh", "adv", "feat", "logits", "logits_kl", "logits_l2")
-
-
-def synthesize(generator: Generator, meta: torch.optim.Optimizer, teacher: nn.Module, student: nn.Module, z: Tensor,
-               targets: Tensor, view: Callable, statistics: BNStatistics, shots: Optional[Shots], ep: int,
-               args: Args) -> tuple[Tensor, Tensor]:
-    """Steps 1-3 for one batch -> (images of the lowest loss, terms (g_steps, len(TERMS))); G takes its step.
-
-    view(x) augments and normalises; ep counts the epochs from 1. Without a host sync.
-    """
-    fast, z = deepcopy(generator), z.detach().clone().requires_grad_()  # step 1
-    adam = torch.optim.Adam([{"params": fast.parameters()}, {"params": [z], "lr": args.lr_z}], args.lr_g, (0.5, 0.999))
-    meta_grad = [torch.zeros_like(p) for p in generator.parameters()]
-    student.eval().requires_grad_(False)
-    zero, history = z.new_zeros(()), []
-    feat_w, log_w = (args.guidance_loss_w, args.logits_guidance_w) if shots else (0.0, 0.0)
-    best, lowest = None, None
-    with tapped(teacher, args.teacher_feature_source if feat_w else "none", args.feature_grad) as taps:
-        for it in range(args.g_steps):  # step 2
-            for tap in taps.values():
-                tap.clear()
-            x = fast(z)
-            v = view(x)
-            with autocast(z.device, args.amp):
-                t_logits = teacher(v)
-                s_logits = student(v) if args.adv and ep >= args.warmup else None  # D5
-            t_logits = t_logits.to(z.dtype)
-            loss_bn = loss_adv = loss_feat = loss_log = kl = l2 = zero
-            loss_oh = F.cross_entropy(t_logits, targets)  # eq. (4)
-            if args.bn:
-                now = torch.cat(taps["bn"], 1)
-                loss_bn = bn_loss(statistics.blend(now, args.bn_mmt), statistics.running, statistics.sizes)
-            if s_logits is not None:
-                loss_adv = adv_loss(s_logits.to(z.dtype), t_logits, args.adv_grad)
-            if feat_w:
-                loss_feat = feature_prior(torch.cat(taps["feat"], 1), targets, shots, args.guidance_loss_type)
-            if log_w:
-                loss_log, kl, l2 = logits_prior(t_logits, targets, shots, args.logits_loss_type)
-            loss = (args.bn * loss_bn + args.oh * loss_oh + args.adv * loss_adv + feat_w * loss_feat
-                    + log_w * loss_log)  # eq. (1)
-            terms = torch.stack([loss, loss_bn, loss_oh, loss_adv, loss_feat, loss_log, kl, l2]).detach()
-            history.append(terms)
-            best, lowest = keep_best(best, lowest, x.detach(), terms[0])
-            gradients = torch.autograd.grad(loss, [*fast.parameters(), z])
-            torch._foreach_add_(meta_grad, gradients[:-1])
-            if it + 1 < args.g_steps:  # the last step of F and z would be thrown away
-                for p, g in zip([*fast.parameters(), z], gradients):
-                    p.grad = g
-                adam.step()
-    for p, g in zip(generator.parameters(), meta_grad):
-        p.grad = g
-    meta.step()  # eq. (9)
+def image_terms(v, targets, judges, args):
+    """The terms of eq. (1) by name, of augmented images v; (m_l, v_l) before eq. (3)."""
+    features = args.guidance_loss_w > 0
+    t_logits, now, feat = observe(judges.teacher, v, args.amp, features, args.feature_grad)
+    terms = {"oh": F.cross_entropy(t_logits, targets)}  # eq. (4)
     if args.bn:
-        statistics.update(now.detach(), args.bn_mmt)
-    student.train().requires_grad_(True)
-    return best, torch.stack(history)
+        blended = blend(now, judges.average, args.bn_mmt)  # eq. (3)
+        terms["bn"] = bn_loss(blended, judges.running, judges.sizes)
+    if judges.student is not None:
+        with autocast(v.device, args.amp):
+            s_logits = judges.student(v).to(v.dtype)
+        terms["adv"] = adv_loss(s_logits, t_logits, args.adv_teacher_grad)
+    if args.guidance_loss_w:
+        terms["feat"] = feature_prior(feat, targets, judges.shots)
+    if args.logits_guidance_w:
+        terms["logits"] = logits_prior(t_logits, targets, judges.shots)
+    return terms, now
 
 
-def keep_best(best: Optional[Tensor], lowest: Optional[Tensor], x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch of the strictly lowest loss so far; decided on the device."""
+def invert(generator, z, targets, augment, judges, args):
+    """Steps 1 to 3 for one batch; the gradient of eq. (9) stays in G for its Adam.
+
+    -> the images of the lowest L, and the terms of each step by name with their sum
+    """
+    weights = {
+        "bn": args.bn, "oh": args.oh, "adv": args.adv,
+        "feat": args.guidance_loss_w, "logits": args.logits_guidance_w}
+    fast = deepcopy(generator)  # step 1
+    z = z.clone().requires_grad_()
+    groups = [{"params": fast.parameters()}, {"params": [z], "lr": args.lr_z}]
+    adam = torch.optim.Adam(groups, args.lr_g, (0.5, 0.999))
+    for p in generator.parameters():
+        p.grad = torch.zeros_like(p)
+    best, lowest, history = None, None, []
+
+    for _ in range(args.g_steps):  # step 2
+        x = fast(z)
+        terms, now = image_terms(augment(x), targets, judges, args)
+        total = sum(weights[name] * term for name, term in terms.items())  # eq. (1)
+        best, lowest = keep_best(best, lowest, x.detach(), total.detach())
+        history.append({name: term.detach() for name, term in terms.items()})
+        history[-1]["total"] = total.detach()
+
+        adam.zero_grad()
+        total.backward()
+        for p, moved in zip(generator.parameters(), fast.parameters()):
+            p.grad += moved.grad  # eq. (9)
+        adam.step()
+
+    if args.bn:  # step 3
+        judges.average = blend(now.detach(), judges.average, args.bn_mmt)
+    return best, history
+
+
+def keep_best(best, lowest, x, total):
+    """The batch of the strictly lowest loss so far; the device decides, and nobody waits for it."""
     if best is None:
         return x, total
     better = total < lowest
     return torch.where(better, x, best), torch.where(better, total, lowest)
 
 
-# ------------------------------------------------------------------------------------------------ step 4: distillation
-
 class Pool:
-    """All synthetic images of the run, uint8 on the device; nothing is ever thrown out."""
+    """All images made so far, in 8 bits on the device; none is ever thrown away."""
 
-    def __init__(self, capacity: int, size: int, device: torch.device):
-        self.storage, self.made = torch.empty(capacity, 3, size, size, dtype=torch.uint8, device=device), 0
+    def __init__(self, capacity, image_size, device):
+        shape = (capacity, 3, image_size, image_size)
+        self.storage = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.made = 0
 
-    x = property(lambda self: self.storage[:self.made])
-
-    def add(self, images: Tensor) -> None:
-        self.storage[self.made:self.made + len(images)] = quantize(images)
+    def add(self, images):
+        self.storage[self.made:self.made + len(images)] = images
         self.made += len(images)
 
-    def state_dict(self) -> dict:
-        return {"x": self.x.clone()}  # a view would take its whole storage into the file
+    def state_dict(self):
+        return {"images": self.storage[:self.made].clone()}  # a view would save its whole storage
 
-    def load_state_dict(self, state: dict) -> None:
-        self.storage[:len(state["x"])], self.made = state["x"], len(state["x"])
+    def load_state_dict(self, state):
+        self.made = 0
+        self.add(state["images"])
 
 
-def curriculum(epoch: int, stop: int, first: float, last: float, schedule: str) -> float:
-    """Eq. (11): from first (epoch 0) to last (epoch `stop` and later)."""
-    p = epoch / max(stop, 1)
+# ------------------------------------------------------------------------ step 4: distillation
+
+def curriculum(epoch, stop, first, last):
+    """Eq. (11): a cosine from first (epoch 0) to last (epoch stop and later)."""
     if epoch >= stop:
         return last
-    return {"cosine": last + 0.5 * (first - last) * (1 + math.cos(math.pi * p)),
-            "linear": first - (first - last) * p, "none": first}[schedule]
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * (epoch / stop)))
 
 
-def mixture_at(epoch: int, args: Args, n_shots: int) -> tuple[float, int]:
-    """alpha and R of an epoch, within [0, 1] and [0, all shots]."""
-    alpha = curriculum(epoch, args.mixed_distill_stop_epoch, args.alpha_initial, args.alpha_final_stage,
-                       args.alpha_schedule)
-    n_real = curriculum(epoch, args.mixed_distill_stop_epoch, args.real_fewshot_initial, args.real_fewshot_final_stage,
-                        args.real_fewshot_schedule)
-    return min(max(alpha, 0.0), 1.0), min(max(int(n_real), 0), n_shots)  # eq. (11)
+def mixture_at(epoch, args, n_shots):
+    """alpha and R of an epoch."""
+    stop = args.mixed_distill_stop_epoch
+    alpha = curriculum(epoch, stop, args.alpha_initial, args.alpha_final_stage)
+    n_real = curriculum(epoch, stop, args.real_fewshot_initial, args.real_fewshot_final_stage)
+    return alpha, min(int(n_real), n_shots)
 
 
-def lr_recipe(args: Args) -> dict:
-    """For lr_at, counted from the end of the warm-up."""
-    return {"kind": "cosine", "lr": args.lr, "T_max": args.lr_tmax, "eta_min": 2e-4}  # D5: T_max is not epochs
+def lr_at(epoch, args):
+    """A cosine, lr_tmax epochs long, from the warm-up's end on; in a longer run it rises again."""
+    angle = math.pi * max(0, epoch - args.warmup) / args.lr_tmax
+    return 2e-4 + (args.lr - 2e-4) * (1 + math.cos(angle)) / 2
 
 
-def balanced_pass(labels: np.ndarray, batch_size: int, rng: np.random.RandomState) -> np.ndarray:
-    """(len(labels) // batch_size, batch_size) indices, drawn round-robin over the classes; the rest is dropped (D5)."""
-    classes = np.unique(labels)
-    lists = {c: np.flatnonzero(labels == c).tolist() for c in classes}
-    for left in lists.values():
-        rng.shuffle(left)
+def balanced_pass(members, n_draws, draw):
+    """Indices drawn from the classes in turn, each class in a new order and from its list's end."""
+    left = [[] for _ in members]
     drawn = []
-    for c in itertools.islice(itertools.cycle(classes), len(labels)):
-        if not lists[c]:
-            lists[c] = np.flatnonzero(labels == c).tolist()
-            rng.shuffle(lists[c])
-        drawn.append(lists[c].pop())
-    n = len(labels) // batch_size
-    return np.array(drawn[:n * batch_size], np.int64).reshape(n, batch_size)
+    for i in range(n_draws):
+        c = i % len(members)
+        if not left[c]:
+            left[c] = list(members[c])
+            draw.shuffle(left[c])
+        drawn.append(left[c].pop())
+    return drawn
 
 
-def balanced_batches(labels: np.ndarray, batch_size: int, steps: int, rng: np.random.RandomState) -> np.ndarray:
-    """(steps, batch_size) indices from as many passes as needed."""
-    if not batch_size:
-        return np.zeros((steps, 0), np.int64)
-    passes = [balanced_pass(labels, batch_size, rng) for _ in range(-(-steps // (len(labels) // batch_size)))]
-    return np.concatenate(passes)[:steps]
+def balanced_batches(labels, batch_size, steps, draw):
+    """(steps, batch_size) indices of shots, cut from passes of as many draws as there are shots.
 
-
-def taught_batches(pool: Pool, batch_size: int, teacher: Callable, view: Callable, generator: torch.Generator,
-                   amp: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented pool batches with the teacher's logits, without end; each pass over the pool in a new order.
-
-    On a GPU one teacher call serves four batches: it sees each image by itself, and small networks cost less so.
+    What is too little for a batch is dropped, so the first classes come a little more often.
     """
-    shuffled = (index for _ in itertools.count() for index in batches(pool.made, batch_size, generator))
-    ahead = 4 if pool.x.is_cuda else 1
+    if batch_size == 0:
+        return np.zeros((steps, 0), np.int64)
+    members = [np.flatnonzero(labels == c).tolist() for c in np.unique(labels)]
+    batches = []
+    while len(batches) < steps:
+        drawn = balanced_pass(members, len(labels), draw)
+        for first in range(0, len(labels) - batch_size + 1, batch_size):
+            batches.append(drawn[first:first + batch_size])
+    return np.array(batches[:steps])
+
+
+def pool_batches(pool, batch_size, augment, teach, rng):
+    """(augmented images, the teacher's logits) without end; each pass over the pool in a new order.
+
+    On a GPU the teacher sees four batches in one call: small networks are faster so.
+    """
+    images = pool.storage[:pool.made]
+
+    def indices():
+        while True:
+            order = torch.randperm(pool.made, generator=rng, device=images.device)
+            yield from order.split(batch_size)
+
+    batches = indices()
+    at_once = 4 if images.is_cuda else 1
     while True:
-        parts = [next(shuffled) for _ in range(ahead)]
-        x = view(pool.x[torch.cat(parts)])
-        with torch.no_grad(), autocast(x.device, amp):
-            t_logits = teacher(x).float()
+        parts = [next(batches) for _ in range(at_once)]
         sizes = [len(part) for part in parts]
+        x = augment(images[torch.cat(parts)])
+        t_logits = teach(x)
         yield from zip(x.split(sizes), t_logits.split(sizes))
 
 
-def kd_step(student: Callable, optimizer: torch.optim.Optimizer, x: Tensor, t_logits: Tensor, n_real: int,
-            alpha: float, T: float, amp: str = "none") -> tuple[Tensor, Tensor, Tensor]:
-    """One student step on [pool images; n_real shots] -> (total, pool mean, real mean) of eq. (10)."""
-    with autocast(x.device, amp):
-        s_logits = student(x)
-    losses = kd_loss(s_logits.to(t_logits.dtype), t_logits, n_real, alpha, T)  # eq. (10)
-    optimizer.zero_grad(set_to_none=True)
-    losses[0].backward()
+def kd_step(student, optimizer, x, t_logits, n_real, alpha, args):
+    """One SGD step of S on [pool images; n_real shots] -> the losses of eq. (10)."""
+    with autocast(x.device, args.amp):
+        s_logits = student(x).to(t_logits.dtype)
+    loss, pool, real = kd_loss(s_logits, t_logits, n_real, alpha, args.T)
+    optimizer.zero_grad()
+    loss.backward()
     optimizer.step()
-    return losses
+    return loss.detach(), pool.detach(), real.detach()
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 
-def check(args: Args) -> None:
-    if args.export_pool:
-        fail("--export_pool: give --evaluate RUN_FOLDER too")
-    if args.kd_steps > args.ep_steps:
-        fail(f"--kd_steps {args.kd_steps}: give 1 to ep_steps ({args.ep_steps}): ep_steps // kd_steps rounds per epoch")
+def check(args):
+    """What can be said before anything is read."""
     if args.warmup >= args.epochs:
-        fail(f"--warmup {args.warmup}: the student starts after it, give more --epochs than that, not {args.epochs}")
-    n_real = args.real_fewshot_initial, args.real_fewshot_final_stage
+        fail(f"--warmup {args.warmup}: the student starts after it; give more --epochs than that")
+    n_real = (args.real_fewshot_initial, args.real_fewshot_final_stage)
     if not args.shots and max(args.guidance_loss_w, args.logits_guidance_w, *n_real):
-        fail("--shots 0: the priors and the real batches need shots; --preset fast works without any")
+        fail("--shots 0: priors and real batches need shots; --preset fast works without any")
     if not args.g_steps and not min(n_real):
-        fail("--g_steps 0: nothing to learn from without real images; give both real_fewshot counts")
+        fail("--g_steps 0: without made images give real ones, see --preset fewshot_kd")
 
 
-def check_teacher(args: Args, teacher: nn.Module) -> None:
-    if args.g_steps and args.bn and not any(has_statistics(m) for m in teacher.modules()):
-        fail(f"the teacher {args.teacher} has no BatchNorm2d for eq. (2); choose another one, or go on with --bn 0")
-    source = args.teacher_feature_source
-    met = any(isinstance(m, FEATURE_LAYERS[source]) for m in teacher.modules())
-    if args.g_steps and args.guidance_loss_w and not met:
-        fail(f"the teacher {args.teacher} has no layer for --teacher_feature_source {source}; choose the other one, or "
-             "go on with --guidance_loss_w 0")
+def beside_real(images, targets, x_real, y_real, classes):
+    """A row for each of the first ten classes: up to five shots, then made images, ten in all."""
+    rows, labels = [], []
+    for c, name in enumerate(classes[:10]):
+        row = torch.cat([x_real[y_real == c][:5], images[targets == c]])[:10]
+        black = row.new_zeros(10 - len(row), *row.shape[1:])
+        rows += [row, black]
+        labels += [name] * 10
+    return torch.cat(rows), labels
 
 
-@torch.no_grad()
-def see_shots(teacher: nn.Module, x: Tensor, y: Tensor, num_classes: int, source: str) -> Shots:
-    """One pass over the (normalised) shots in pieces; logits and features per image do not depend on the piece."""
-    logits, feats = [], []
-    with tapped(teacher, source) as taps:
-        for part in x.split(250):
-            logits.append(teacher(part))
-            feats.append(torch.cat(taps["feat"], 1) if taps["feat"] else x.new_zeros(len(part), 0))
-            taps["feat"].clear()
-    return Shots(torch.cat(feats), torch.cat(logits), y, num_classes)
-
-
-def sample_grid(images: Tensor, targets: Tensor, x_real: Tensor, y_real: Tensor) -> tuple[Tensor, int]:
-    """Rows of up to ten classes: five shots, then five synthetic images; black where there are fewer."""
-    rows = targets.unique()[:10]
-    grid = images.new_zeros(len(rows), 10, *images.shape[1:])
-    for r, c in enumerate(rows):
-        for column, part in ((0, x_real[y_real == c][:5]), (5, images[targets == c][:5])):
-            grid[r, column:column + len(part)] = part
-    return grid.flatten(0, 1), len(rows)
-
-
-def export_pool(args: Args) -> dict:
-    """RUN_FOLDER/pool.npz: x uint8 (N, H, W, 3)."""
-    folder = Path(args.evaluate)
-    saved = read_checkpoint(folder / "ckpt_last.pt") if folder.is_dir() else {}
-    if "pool" not in saved.get("objects", {}):
-        fail(f"--export_pool {args.evaluate}: not the folder of a pgdi run; give --evaluate RUN_FOLDER")
-    x = saved["objects"]["pool"]["x"].permute(0, 2, 3, 1).contiguous().numpy()
-    write_atomic(folder / "pool.npz", lambda f: np.savez(f, x=x))
-    print(f"{len(x)} images written to {folder / 'pool.npz'}")
-    return {"method": "pgdi", "synthetic_images": len(x)}
-
-
-def main(args: Args) -> dict:
-    if args.evaluate:
-        return export_pool(args) if args.export_pool else evaluate_file(args)
+def main(args):
     check(args)
     run = Run(args)
-    data = load_data(args.dataset, args.data_dir, run.device, data_url=args.data_url, limit_train=args.limit_train,
-                     limit_test=args.limit_test)
-    x_real, y_real, index = (data.few_shot(args.shots, "pgdi", args.seed) if args.shots else  # D2
-                             (data.test_x[:0], data.test_y[:0], np.zeros(0)))
-    student = build_model(args.student, data.num_classes, data.image_size,
-                          init="default" if args.student.startswith("resnet") else "kaiming")
+    data = load_data(args, run.device)
+    teacher = get_teacher(args, data)  # frozen, in eval mode
+    if args.g_steps and args.bn and not any(has_statistics(m) for m in teacher.modules()):
+        fail(f"the teacher {args.teacher} has no batch norm for eq. (2); go on with --bn 0")
+
+    init = "default" if args.student in FRAMEWORK_INIT else "kaiming"
+    student = build_model(args.student, data.num_classes, data.image_size, init)
     student.to(run.device, memory_format=torch.channels_last)
-    teacher, info = get_teacher(args, data, check=partial(check_teacher, args))
-    statistics = BNStatistics(bn_order(teacher, data.normalize(data.test_x[:2])))
-    optimizer = torch.optim.SGD(student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    generator = Generator(ngf=args.ngf, size=data.image_size).to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    generator = Generator(ngf=args.ngf, size=data.image_size)
+    generator.to(run.device, memory_format=torch.channels_last)
     meta = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
-    v_real = data.normalize(x_real)
-    source = args.teacher_feature_source if args.guidance_loss_w else "none"
-    shots = see_shots(teacher, v_real, y_real, data.num_classes, source) if args.shots and args.g_steps else None
-    t_real = predict(teacher, data, x_real) if args.shots else v_real.new_zeros(0, data.num_classes)  # D4
-    labels, rounds = y_real.cpu().numpy(), args.ep_steps // args.kd_steps
-    size = (args.synthesis_batch_size or args.batch_size) if args.g_steps else 0  # images per round
-    pool = Pool(args.epochs * rounds * size, data.image_size, run.device)
-    sampler = np.random.RandomState(args.seed % 2 ** 32)
-    run.note(teacher=info, norm=data.norm, shots=index.tolist(),
-             student_params_macs=count_params_macs(student, data.image_size))
-    view = partial(data.random_view, generator=run.generator)
-    net, guide = (torch.compile(m, dynamic=True) if args.compile else m for m in (student, teacher))
-    start = run.restore(student=student, optimizer=optimizer, generator=generator, meta=meta, statistics=statistics,
-                        pool=pool, sampler=sampler)
+
+    # the shots, and what the teacher sees in them; without shots the training split stays closed
+    index, shots = [], None
+    x_real, y_real = data.test_x[:0], data.test_y[:0]
+    if args.shots:
+        index = pick_shots(data.train_y.cpu().numpy(), args.shots, args.seed)
+        x_real, y_real = data.train_x[index], data.train_y[index]  # D2
+        v_real = data.normalize(x_real)
+        shots, t_real = see_shots(teacher, v_real, y_real, data.num_classes, args.amp)
+    labels = y_real.cpu().numpy()
+    stored = stored_statistics(teacher, data.normalize(data.test_x[:2]), args.amp)
+    judges = Judges(teacher, shots, stored)
+    size = args.synthesis_batch_size if args.g_steps else 0
+    pool = Pool(args.epochs * size, data.image_size, run.device)
+
+    start = run.begin(
+        data, teacher, student=student, optimizer=optimizer, generator=generator, meta=meta,
+        judges=judges, pool=pool)
+    run.note(shots=index)
+    net = student
+    if args.compile:
+        net = torch.compile(student, dynamic=True)  # R takes many values
+
+    def augment(x):
+        return data.augment(x, run.rng)
+
+    @torch.no_grad()
+    def teach(x):
+        with run.flops(f"teacher {len(x)}"), autocast(run.device, args.amp):
+            return teacher(x).float()
+
+    def shot_batch(index):
+        if args.augment_real:
+            x = augment(x_real[index])
+            return x, teach(x)
+        return v_real[index], t_real[index]
+
     for epoch in range(start, args.epochs):
-        alpha, n_real = mixture_at(epoch, args, len(x_real))
-        optimizer.param_groups[0]["lr"] = lr = lr_at(lr_recipe(args), max(0, epoch - args.warmup))
-        for r in range(rounds):
-            step = (epoch * rounds + r) * args.kd_steps
-            if args.g_steps:
-                # steps 1-3: invert the teacher, keep the best batch
-                ep = epoch + 1
-                if not r:
-                    reset(generator, *resets_at(ep, args))
-                draw = {"generator": run.generator, "device": run.device}
-                z = torch.randn(size, generator.l1[0].in_features, **draw)
-                targets = torch.randint(data.num_classes, (size,), **draw).sort()[0]
-                images, terms = synthesize(generator, meta, teacher, student, z, targets, view, statistics, shots, ep,
-                                           args)
-                pool.add(images)
-                run.log(step, epoch, **{f"loss_{name}": value for name, value in zip(TERMS, terms[-1])})
-            if epoch < args.warmup:
-                continue
-            # step 4: distil from the pool and the shots
-            real = balanced_batches(labels, n_real, args.kd_steps, sampler)
+        if args.g_steps:
+            # steps 1-3: invert the teacher into one more batch of images
+            reset(generator, args, epoch)
+            z = torch.randn(size, generator.nz, generator=run.rng, device=run.device)
+            targets = torch.randint(data.num_classes, (size,), generator=run.rng, device=run.device)
+            targets = targets.sort()[0]
+            student.eval().requires_grad_(False)
+            if args.adv and epoch + 1 >= args.warmup:
+                judges.student = student  # eq. (5)
+            with run.flops(f"synthesis, disagreement {judges.student is not None}"):
+                images, history = invert(generator, z, targets, augment, judges, args)
+                meta.step()  # eq. (9)
+            images = quantize(images)
+            pool.add(images)
+            run.log(epoch * args.kd_steps, epoch, **history[-1])
+
+        if epoch >= args.warmup:
+            # step 4: the student learns from the pool and from the shots
+            student.train().requires_grad_(True)
+            alpha, n_real = mixture_at(epoch, args, len(x_real))
+            optimizer.param_groups[0]["lr"] = lr = lr_at(epoch, args)
+            draw = np.random.RandomState([args.seed, epoch])
+            real = balanced_batches(labels, n_real, args.kd_steps, draw)
             real = torch.from_numpy(real).to(run.device)
-            taught = (taught_batches(pool, args.batch_size, guide, view, run.generator, args.amp) if size else
-                      itertools.repeat((v_real[:0], t_real[:0])))
-            for i in run.bar(real, f"epoch {epoch + 1}"):
-                x, t_logits = next(taught)
-                x_shots, t_shots = v_real[i], t_real[i]
-                if args.augment_real:
-                    x_shots = view(x_real[i])
-                    with torch.no_grad(), autocast(run.device, args.amp):
-                        t_shots = guide(x_shots).float()
-                loss, loss_pool, loss_real = kd_step(net, optimizer, torch.cat([x, x_shots]),
-                                                     torch.cat([t_logits, t_shots]), n_real, alpha, args.T, args.amp)
-                if step % args.log_every == 0:
-                    run.log(step, epoch, loss_kd=loss, loss_pool=loss_pool, loss_real=loss_real, lr=lr, alpha=alpha,
-                            n_real=n_real)
-                step += 1
+            taught = pool_batches(pool, args.batch_size, augment, teach, run.rng)
+            for i in run.steps(epoch, args.kd_steps):
+                batch = []
+                if args.g_steps:
+                    batch.append(next(taught))
+                if n_real:
+                    batch.append(shot_batch(real[i]))
+                x, t_logits = map(torch.cat, zip(*batch))
+                with run.flops(f"student step {len(x)}"):
+                    loss, loss_pool, loss_real = kd_step(
+                        net, optimizer, x, t_logits, n_real, alpha, args)  # eq. (10)
+                if i % args.log_every == 0:
+                    run.log(epoch * args.kd_steps + i, epoch, loss=loss, loss_pool=loss_pool,
+                            loss_real=loss_real, lr=lr, alpha=alpha, n_real=n_real)
+
         if args.g_steps and run.due(epoch, args.save_every):
-            run.grid(f"ep{epoch + 1:03d}", *sample_grid(quantize(images), targets, x_real, y_real))
-        top1 = evaluate(student, data)["top1"] if run.due(epoch, args.eval_every) else None
-        if not run.end_epoch(epoch, student, top1):
-            return run.finish({})
-    s_logits, preset = predict(student, data), "auto" if args.preset == "script" else args.preset
-    return run.finish({"teacher_top1": info["top1"], **accuracy(s_logits, data.test_y),  # D3
-                       **agreement(s_logits, data.t_logits), "n_test": len(data.test_y), "real_images": len(x_real),
-                       "synthetic_images": pool.made,
-                       "paper": published_row(PUBLISHED, preset, args.dataset, args.teacher, args.student, args.shots)})
+            grid, words = beside_real(images, targets, x_real, y_real, data.classes)
+            run.grid(f"epoch{epoch + 1:03d}", grid, len(grid) // 10, words)
+        due = epoch >= args.warmup and run.due(epoch, args.eval_every)
+        run.end_epoch(epoch, evaluate(student, data, args.amp) if due else None)
+
+    run.finish(student, real_images=len(x_real), made_images=pool.made)  # D3
 
 
 if __name__ == "__main__":
-    cli(main, Args, PRESETS, ALIASES)
+    cli(main, Args, PRESETS)
