@@ -656,7 +656,7 @@ def check(args):
 def build_student(args, data):
     init = "default" if args.student in FRAMEWORK_INIT else "kaiming"
     student = build_model(args.student, data.num_classes, data.image_size, init)
-    if args.student.endswith("_tiny"):
+    if args.student in ("resnet18_tiny", "resnet34_tiny", "resnet50_tiny"):
         student.conv1.reset_parameters()  # published so
     return student.to(data.device, memory_format=torch.channels_last)
 

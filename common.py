@@ -182,16 +182,8 @@ def parse_args(cls, presets=None, argv=None):
     chosen_by_hand = list(typed)
     if typed.get("resume"):
         saved = read_config(typed["resume"], method_of(cls))
-        for name, value in saved["args"].items():
-            kind = type(values.get(name))
-            if type(value) not in {float: (int, float), tuple: (list,)}.get(kind, (kind,)):
-                fail(f"{typed['resume']}/config.json: {name} {value!r} is no setting of this script")
-        values.update(saved["args"])
         chosen_by_hand = saved["typed"]
-        for name in typed.keys() - set(FREE_ON_RESUME):
-            if typed[name] != values[name]:
-                fail(f"--{name} {typed[name]}: the run has {values[name]} and keeps it; only "
-                     f"--{', --'.join(FREE_ON_RESUME)} may change")
+        values.update(resumed_values(saved["args"], values, typed))
     elif presets:
         values.update(preset_values(presets, values, typed))
     values.update(typed)
@@ -199,6 +191,20 @@ def parse_args(cls, presets=None, argv=None):
     args = cls(**values)
     args.typed = {name: values[name] for name in chosen_by_hand}
     return args
+
+
+def resumed_values(saved, defaults, typed):
+    """The settings of the run to go on with, of the types that they have here."""
+    for name, value in saved.items():
+        kind = type(defaults.get(name))
+        alike = {float: (int, float), tuple: (list,)}.get(kind, (kind,))  # as json writes them
+        if type(value) not in alike:
+            fail(f"{typed['resume']}/config.json: {name} {value!r} is no setting of this script")
+    for name in typed.keys() - set(FREE_ON_RESUME):
+        if typed[name] != saved[name]:
+            fail(f"--{name} {typed[name]}: the run has {saved[name]} and keeps it; only "
+                 f"--{', --'.join(FREE_ON_RESUME)} may change")
+    return saved
 
 
 def preset_values(presets, defaults, typed):
@@ -1623,16 +1629,19 @@ class Run:
 
     def in_words(self, row, file):
         real, made = row.get("real_images", 0), row.get("made_images", 0)
-        text = (f"\n{row['student']} is right on {row['last']:.2f} % of {len(self.data.test_y)} test "
-                f"images; its best epoch had {row['best']:.2f} %.\n")
+        tested = row.get("tested", f"{len(self.data.test_y)} test images")
+        text = (f"\n{row['student']} is right on {row['last']:.2f} % of {tested}; its best epoch "
+                f"had {row['best']:.2f} %.\n")
         if "agree1" in row:
             text += (f"Its teacher is right on {row['teacher_top1']:.2f} %, and both say the same of "
                      f"{row['agree1']:.2f} %.\n")
         arch = f" --arch {row['arch']}" if "arch" in row else ""  # one that MODELS does not have
+        samples = self.dir / "samples"
+        pictures = f", pictures in {samples}" if samples.is_dir() else ""
         return text + (
             f"It learned from {real:,} real and {made:,} made images in {row['seconds'] / 60:.1f} "
             f"minutes ({row['pflop']:.3g} PFLOP).\n"
-            f"Its {row['params']:,} parameters are in {file}, pictures in {self.dir / 'samples'}.\n"
+            f"Its {row['params']:,} parameters are in {file}{pictures}.\n"
             f"Every score again: python common.py eval {file} --dataset {self.args.dataset}{arch}")
 
 

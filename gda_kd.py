@@ -1016,6 +1016,7 @@ def fewshot_meta(args):
     steps = args.episodes // PER_STEP
     y = query_labels(PER_STEP, args.way, args.query).to(run.device)
     labels = data.train_y.cpu().numpy()
+    net = torch.compile(learner) if args.compile else learner
 
     for epoch in range(start, args.epochs):
         learner.train()
@@ -1027,7 +1028,7 @@ def fewshot_meta(args):
                 # step 1: shots and queries of four episodes go through the network together
                 x = data.normalize(base_x[drawn[i]])
                 with autocast(run.device, args.amp):
-                    features = learner(x).float()
+                    features = net(x).float()
 
                 # step 2: logits of the queries, and the loss
                 split = split_episodes(features, PER_STEP, args.way, shots)

@@ -270,7 +270,7 @@ def netgraft_steps(p):
                                 netgraft.norm_mse, args.amp)
         images = 100  # of ten shots: two steps an epoch
         name = f"grafts {phase.first + 1} to {phase.stop}"
-        steps.append(Step(name, step, 2 * phase.epochs, images // 2))
+        steps.append(Step(name, step, 2 * (phase.end - phase.begin), images // 2))
     return steps
 
 
@@ -341,9 +341,9 @@ def compare(folder, methods):
     for method, words in CASES:
         if methods and method not in methods:
             continue
-        steps = steps_of(method, words, "cpu", "none")
+        steps = steps_of(method, words, torch.device("cpu"), "none")
         with scripts_of(folder):
-            before = steps_of(method, words, "cpu", "none")
+            before = steps_of(method, words, torch.device("cpu"), "none")
         for old, new in zip(before, steps):
             a, b = in_turn(old.work, new.work)
             medians = statistics.median(a), statistics.median(b)
