@@ -693,12 +693,14 @@ def main(args):
         fail(f"the teacher {args.teacher} has no batch norm for eq. (4); choose another, or --bn 0")
     args.nz = args.nz or 16 * data.image_size
     student = build_student(args, data)
-    optimizer = torch.optim.SGD(student.parameters(), args.lr, 0.9, weight_decay=1e-4)
+    fused = run.device.type == "cuda"
+    optimizer = torch.optim.SGD(
+        student.parameters(), args.lr, 0.9, weight_decay=1e-4, fused=fused)
     parts = dict(student=student, optimizer=optimizer)
     generator = queue = pool = contrast = None
     if args.synthesis == "generator":
         generator = build_generator(args, data)
-        adam = torch.optim.Adam(generator.parameters(), args.lr_g, args.betas_g)
+        adam = torch.optim.Adam(generator.parameters(), args.lr_g, args.betas_g, fused=fused)
         _, t_feat = look(teacher, data.normalize(data.test_x[:2]), args.amp)
         queue = new_queue(args.N_neg if args.hard else 1, t_feat.shape[1], run.rng)
         parts.update(generator=generator, adam=adam, queue=queue)

@@ -1230,6 +1230,7 @@ def find_teacher(args, data, wrap):
     name = f"{data.name}_{short_name(args.teacher)}"
     if args.smoke:
         name += "_smoke"
+    remove_leftovers(folder, older_than=3600)
     for end in (".pth", ".pt", ".th"):
         if (folder / (name + end)).is_file():
             return folder / (name + end)
@@ -1603,6 +1604,7 @@ class Run:
             write_json(self.dir / "result.json", rows)
         if self.board:
             self.board.close()
+        Run.how_to_go_on = ""
 
     def row(self, name, net, scores, facts):
         """What result.json says of one student."""

@@ -411,11 +411,14 @@ def v0_optimizer(net, lr, weight_decay):
     vectors = [p for p in net.parameters() if p.ndim <= 1]
     matrices = [p for p in net.parameters() if p.ndim > 1]
     groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
-    return torch.optim.SGD(groups, lr, 0.9, weight_decay=weight_decay, nesterov=True)
+    fused = next(net.parameters()).is_cuda
+    return torch.optim.SGD(
+        groups, lr, 0.9, weight_decay=weight_decay, nesterov=True, fused=fused)
 
 
 def plain_optimizer(net, lr, weight_decay):
-    return torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=weight_decay)
+    fused = next(net.parameters()).is_cuda
+    return torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=weight_decay, fused=fused)
 
 
 def v0_lr(epoch, epochs, lr, min_lr=2e-3, warmup=10, warmup_lr=1e-4):

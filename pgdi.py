@@ -634,11 +634,13 @@ def main(args):
     init = "default" if args.student in FRAMEWORK_INIT else "kaiming"
     student = build_model(args.student, data.num_classes, data.image_size, init)
     student.to(run.device, memory_format=torch.channels_last)
+    fused = run.device.type == "cuda"
     optimizer = torch.optim.SGD(
-        student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        student.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=fused)
     generator = Generator(ngf=args.ngf, size=data.image_size)
     generator.to(run.device, memory_format=torch.channels_last)
-    meta = torch.optim.Adam(generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999))
+    meta = torch.optim.Adam(
+        generator.parameters(), args.lr_g * args.g_steps, (0.5, 0.999), fused=fused)
 
     # the shots, and what the teacher sees in them; without shots the training split stays closed
     index, shots = [], None

@@ -336,7 +336,9 @@ def in_turn(old, new, rounds=7):
 
 
 def compare(folder, methods):
+    import common
     torch.set_num_threads(1)
+    common.keep_freed_memory()  # as every run does; it holds for both sides
     print("| flags | step | old, CPU s | new, CPU s | new / old: medians | least |\n" + "|---" * 6 + "|")
     for method, words in CASES:
         if methods and method not in methods:

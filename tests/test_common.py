@@ -789,8 +789,13 @@ def test_teacher_given_placed_or_trained(place, monkeypatch, capsys):
     assert torch.equal(trained.logits, again.logits)
     assert again.path == Path("data/teachers/own_resnet8.pt")
     shutil.copy(place, "data/teachers/own_resnet8.pth")
+    for name, age in (("old.pt.part7", 7200), ("young.pt.part8", 0), ("old.part7", 7200)):
+        Path("data/teachers", name).touch()
+        os.utime(f"data/teachers/{name}", (time.time() - age,) * 2)
     placed, _, _ = teacher_of("--teacher", "resnet8")
     assert placed.path.name == "own_resnet8.pth" and torch.equal(placed.logits, teacher.logits)
+    assert {path.name for path in Path("data/teachers").glob("*.part*")} == {
+        "young.pt.part8", "old.part7"}  # another process may still write the young one
 
 
 def test_teacher_that_knows_nothing_stops_the_run(place, capsys):
