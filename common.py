@@ -714,8 +714,8 @@ class Data:
 
 def fingerprint(x, y):
     """Of the labels and of some images."""
-    some = x[:256].numpy().tobytes()
-    return hashlib.sha256(some + y.numpy().tobytes()).hexdigest()[:16]
+    some = x[:256].cpu().numpy().tobytes()
+    return hashlib.sha256(some + y.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def crop_flip(x, dy, dx, flip):
@@ -820,9 +820,10 @@ def first_mirror(name, root, fetch):
 def read_cifar(root, name, split):
     from torchvision import datasets
     base = getattr(datasets, CIFAR[name])
+    other = "test_list" if split == "train" else "train_list"  # whose md5 need no check now
 
     def fetch(url):
-        kind = type(name, (base,), {"url": url})
+        kind = type(name, (base,), {"url": url, other: []})
         return kind(root, train=split == "train", download=True)
 
     root.mkdir(parents=True, exist_ok=True)
@@ -842,8 +843,10 @@ def read_tiny(root, split):
     if not folder.is_dir():
         from torchvision.datasets.utils import download_and_extract_archive
         md5 = "90528d7ca1a48142e341f4ef8d21d0de"
-        first_mirror("tiny_imagenet", root,
-                     lambda url: download_and_extract_archive(url, root, md5=md5))
+        part = root / "tiny-imagenet-200.part"  # a kill may leave it, and the next start goes on
+        first_mirror("tiny_imagenet", root, lambda url: download_and_extract_archive(
+            url, root, extract_root=part, md5=md5))
+        (part / folder.name).rename(folder)
     if split == "train":
         paths = sorted(folder.glob("train/*/images/*.JPEG"))
         wnids = [path.parent.parent.name for path in paths]
@@ -1069,7 +1072,12 @@ def find_weights(content):
     if isinstance(content, dict):
         names = ("state_dict", "model_state_dict", "model", "net", "student", "state_dict_ema")
         candidates += [content.get(name) for name in names]
-    state = our_names(next(filter(is_state, candidates), {}))
+    state = next(filter(is_state, candidates), {})
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if {"student", "teacher"} <= {key.partition(".")[0] for key in state}:  # a whole distiller
+        state = {key: value for key, value in state.items() if key.startswith("student.")}
+    state = our_names(state)
     return {key: value.float() if value.is_floating_point() else value
             for key, value in state.items()}
 
@@ -1302,10 +1310,10 @@ def train_teacher(args, path=None, wrap=None):
         top1 = evaluate(model, data, args.amp) if run.due(epoch, args.eval_every) else None
         run.end_epoch(epoch, top1)
     scores = accuracy(predict(model, data), data.test_y)
-    run.finish(net, scores, real_images=n)
     placed = Path(args.data_dir, "teachers", f"{data.name}_{short_name(args.arch)}.pt")
     if path or not (placed.exists() or args.limit_train):
         keep_teacher(path or placed, net, args.arch, data, scores["top1"])
+    run.finish(net, scores, real_images=n)
 
 
 def keep_teacher(path, net, arch, data, top1):

@@ -398,7 +398,7 @@ def install():
     return True
 
 
-# ------------------------------------------------------------------------------------ a whole script
+# ----------------------------------------------------------------------------------- a whole script
 
 def watch_steps(Run, seen, stop_after):
     """Costs of what runs inside Run.flops, by its name; what Run.log costs is not a step's."""

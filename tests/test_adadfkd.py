@@ -1,7 +1,6 @@
-"""Tests of adadfkd.py: golden numbers of the published code, corrected terms, published rows, runs."""
+"""Tests of adadfkd.py: golden numbers, corrected terms, published rows, runs."""
 import copy
 import math
-import re
 import zlib
 
 import numpy as np
@@ -15,27 +14,21 @@ import common
 from tools import cases, close, host_syncs, load_golden, metrics, result, same_weights, unread
 
 GOLDEN, CONFIG = load_golden("adadfkd")
+STEP, BASE = CONFIG["step"], CONFIG["base"]
 READ = (
-    r"config",
-    r"loss/([st]_logits|[st]_feat|kldiv_T[\d.]+_(batchmean|none)|kd_l1|jsdiv_T[\d.]+|ent_T[\d.]+)",
-    r"loss/(balance|oh|act|adv_kl|adv_js_ada|adv_js_cu|adv_cmi|adv_cmi_mask|nce_tau[\d.]+)",
-    r"loss/(grad_nce_s_feat|grad_kd_kl_T20_s|grad_adv_kl_[st]|proj_s_feat|proj_W|proj_b|nce_proj)",
-    r"curr/(l|lambda|v_log|iters|lambda_cifar10|lambda_other)",
+    r"config", r"loss/(?!kd_l2).+", r"curr/(l|lambda\w*|v_log|iters)", r"moco/.+", r"bn/.+",
     r"sched/(cfg|cfg_fields|\d+/(hard_factor|adv|lr|win)|alpha_linear|alpha_linear_nocurr)",
-    r"moco/(queue0|t_feat|s_feat|T|hard_factors|length|(grad_t|queue)_\d|loss|ptr|pairs|pair_loss)",
-    r"bn/(x|running_mean|running_var|r_feature|grad_x)",
-    r"img/(x|tv|clip_cifar10|jitter_\d|jitter_params|(mean|std|norm|denorm)_\w+)",
-    r"gen/\w+/(z|n_params|keys|rule[AB]_(eval|train|bn_\w+_after))",
-    r"net/(x32|x64|num_classes|\w+/(n_params|n_bn|keys_crc|keys|rule[AB]_(train_)?(logits|feat)))",
+    r"img/(x|tv|jitter_\w+)", r"gen/\w+/(z|n_params|keys|rule[AB]_(eval|train|bn_\w+_after))",
     r"step/(z|num_classes|queue0(_\d+)?|proj_W|proj_b|comp_\w+)",
-    r"step/\w+/(G_grad_(norm|main9w|main3w)|img0|G_after0?|G_buf_after0?|synth_loss|kd_(loss|diff))",
-    r"step/\w+/(global_iter|queue|ptr|S_after|S_buf_after|S_fc_after)",
+    r"step/\w+/(img0|[GS]_\w+|synth_loss|kd_(loss|diff)|global_iter|queue|ptr)",
     r"base/(adi/(x0|targets|(no)?adv_(loss|images))|\w+/(loss|G_grad_norm|G_after))",
-    r"base/cmi/(z|targets|feat_dim|images|head_keys|bank|head_after)",
-    r"eval/([st]_logits|labels|acc1|acc5|agree|ce|jsd_nat|prob_loyalty_(sqrt|quartic))")
+    r"base/cmi/(z|targets|feat_dim|images|head_keys|bank|head_after)")
 GONE = {
     r"loss/kd_l2": "--loss l2: no published row and no preset used it",
     r"curr/v_(hard|soft)": "--curr_option curr_hard, curr_soft: no published row used them",
+    r"net/.+": "the same networks are read from common.npz",
+    r"eval/.+": "the same scores are read from common.npz",
+    r"img/(mean|std|norm|denorm|clip)_\w+": "the same normalisation is read from common.npz",
 }
 
 
@@ -71,16 +64,14 @@ def running(net):
     return torch.cat([v.flatten() for k, v in net.state_dict().items() if "running" in k])
 
 
-def official(key, name=""):
-    """The key that the golden file lists and fills: other names in some networks."""
-    if "tiny" in name or name in ("resnet8x4", "resnet32x4"):
-        return re.sub(r"^linear\.", "fc.", key.replace(".shortcut.", ".downsample."))
+def official(key, name):
+    """The key that the golden file lists and fills: other names in CMI's generator."""
     if "cmi" in name:
         return key.replace("project.1.", "l1.0.").replace("main.", "conv_blocks.")
     return key
 
 
-def fill(net, rule, prefix="", name=""):
+def fill(net, rule, prefix, name=""):
     """Weights from the names of the keys, by the file's rule A or B."""
     state = {}
     for key, value in net.state_dict().items():
@@ -104,11 +95,11 @@ def fill(net, rule, prefix="", name=""):
     return net
 
 
-def own_data(norm="half", classes=10):
-    x = torch.zeros(classes, 3, 32, 32, dtype=torch.uint8)
-    names = [str(c) for c in range(classes)]
-    return common.Data("own", lambda split: (x, torch.arange(classes), names),
-                       torch.device("cpu"), norm)
+def own_data():
+    x = torch.zeros(STEP["classes"], 3, 32, 32, dtype=torch.uint8)
+    y = torch.arange(STEP["classes"])
+    return common.Data("own", lambda split: (x, y, [str(c) for c in y]), torch.device("cpu"),
+                       STEP["norm"])
 
 
 def rng(seed=0):
@@ -179,17 +170,15 @@ def test_golden_self_paced_weight():
 @pytest.mark.parametrize("i", cases(GOLDEN, r"sched/(\d+)/lr"))
 def test_golden_schedules(i):
     values = dict(zip(array("sched/cfg_fields").tolist(), array("sched/cfg")[int(i)].tolist()))
-    values["epochs"] = int(values["epochs"])
-    values["N_neg"] = int(values["N_neg"])
     args = adadfkd.Args(**values)
+    args.epochs, args.N_neg = int(args.epochs), int(args.N_neg)
     epochs = range(len(array(f"sched/{i}/lr")))
     hard = [adadfkd.hard_at(epoch, args) for epoch in epochs]
     adv = [adadfkd.adv_at(epoch, args) for epoch in epochs]
     rate = [adadfkd.lr_at(epoch, CONFIG["sched"]["lr"], args.epochs) for epoch in epochs]
     for key, ours in (("hard_factor", hard), ("adv", adv), ("lr", rate)):
         assert np.abs(np.array(ours) - array(f"sched/{i}/{key}")).max() <= 1e-12, key
-    windows = [list(adadfkd.window_at(h, args)) for h in hard]
-    assert windows == array(f"sched/{i}/win").tolist()
+    assert [list(adadfkd.window_at(h, args)) for h in hard] == array(f"sched/{i}/win").tolist()
 
 
 @pytest.mark.parametrize("key, option", (
@@ -245,33 +234,21 @@ def test_golden_bn_term():
 
 
 def test_golden_images():
-    x = tensor("img/x")
-    near(adadfkd.total_variation(x), array("img/tv"))
-    for name in cases(GOLDEN, r"img/norm_(\w+)"):
-        data = own_data(name)
-        close(data.mean.flatten(), array(f"img/mean_{name}"), 1e-6)
-        close(data.std.flatten(), array(f"img/std_{name}"), 1e-6)
-        near(data.normalize(x), array(f"img/norm_{name}"))
-        inverse = array(f"img/denorm_{name}").clip(0, 1)  # theirs is not clipped
-        near(data.denormalize(0.7 * tensor(f"img/norm_{name}")), inverse)
-    data = own_data("cifar10")
-    near(data.normalize(data.denormalize(8 * x - 4)), array("img/clip_cifar10"))
+    near(adadfkd.total_variation(tensor("img/x")), array("img/tv"))
     for i, (dy, dx, flip) in enumerate(array("img/jitter_params").tolist()):
-        assert np.array_equal(adadfkd.roll_flip(x, dy, dx, bool(flip)), array(f"img/jitter_{i}"))
+        ours = adadfkd.roll_flip(tensor("img/x"), dy, dx, bool(flip))
+        assert np.array_equal(ours, array(f"img/jitter_{i}"))
 
 
-def golden_generator(c, name):
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if c["size"] > 32 else ())
+    for name, c in CONFIG["gen"].items()])
+def test_golden_generator(name):
+    c = CONFIG["gen"][name]
     widths = [c["ngf"] * 2 ** d for d in range(c.get("depth", 2), -1, -1)]
     if c["kind"] == "cmi":
         widths = [2 * c["ngf"], 2 * c["ngf"], c["ngf"]]
-    net = adadfkd.Generator(c["nz"], widths, c["size"])
-    return fill(net, c["rule"], f"{name}.", name)
-
-
-@pytest.mark.parametrize("name", CONFIG["gen"])
-def test_golden_generator(name):
-    c = CONFIG["gen"][name]
-    net = golden_generator(c, name)
+    net = fill(adadfkd.Generator(c["nz"], widths, c["size"]), c["rule"], f"{name}.", name)
     assert [official(key, name) for key in net.state_dict()] == array(f"gen/{name}/keys").tolist()
     assert sum(p.numel() for p in net.parameters()) == int(array(f"gen/{name}/n_params"))
     for mode in ("eval", "train"):
@@ -283,32 +260,6 @@ def test_golden_generator(name):
         near(torch.cat(after), array(f"gen/{name}/rule{c['rule']}_bn_{kind}_after"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", cases(GOLDEN, r"net/(\w+)/n_params"))
-def test_golden_network(name):
-    tiny = name.startswith("tiny_")
-    arch = f"{name.removeprefix('tiny_')}_tiny" if tiny else name
-    x = tensor("net/x64" if tiny else "net/x32")
-    classes = CONFIG["net"]["tiny_classes" if tiny else "classes"]
-    net = common.build_model(arch, classes, x.shape[-1])
-    lines = [f"{official(k, name)} {tuple(v.shape)}" for k, v in net.state_dict().items()]
-    assert zlib.crc32("\n".join(lines).encode()) == int(array(f"net/{name}/keys_crc"))
-    if f"net/{name}/keys" in GOLDEN:
-        listed = [key.split(" ")[0] for key in array(f"net/{name}/keys").tolist()]
-        assert [line.split(" ")[0] for line in lines] == listed
-    assert sum(p.numel() for p in net.parameters()) == int(array(f"net/{name}/n_params"))
-    assert len(adadfkd.bn_layers(net)) == int(array(f"net/{name}/n_bn"))
-    with torch.no_grad():
-        for rule in cases(GOLDEN, rf"net/{name}/rule([AB])_logits"):
-            logits, feat = common.with_features(fill(net, rule, name=name).eval(), x)
-            close(logits, array(f"net/{name}/rule{rule}_logits"), 1e-4)
-            close(feat, array(f"net/{name}/rule{rule}_feat"), 1e-4)
-        if f"net/{name}/ruleB_train_logits" in GOLDEN:
-            close(fill(net, "B", name=name).train()(x), array(f"net/{name}/ruleB_train_logits"), 1e-4)
-
-
-STEP = CONFIG["step"]
-BASE = CONFIG["base"]
 BASIC = next(c for c in STEP["cases"].values() if c["hard"] and not c.get("projection"))
 
 
@@ -322,8 +273,7 @@ def scene_of(c, **values):
     student = fill(common.build_model(args.student, STEP["classes"]), "B", "student.")
     teacher.eval().requires_grad_(False).arch = args.teacher
     student.eval().requires_grad_(False)
-    data = own_data(STEP["norm"], STEP["classes"])
-    return adadfkd.Scene(teacher, student, data, rng(), args)
+    return adadfkd.Scene(teacher, student, own_data(), rng(), args)
 
 
 def step_generator(nz):
@@ -347,24 +297,25 @@ def test_golden_steps(name, monkeypatch):
     before = copy.deepcopy(scene.teacher.state_dict())
     z = tensor("step/z")
     counter = c["counter"]
-    key = f"step/{name}/"
+    golden = {key.split("/")[2]: GOLDEN[key] for key in GOLDEN.files
+              if key.startswith(f"step/{name}/")}
     synth_loss, kd_loss, kd_diff = [], [], []
     for kind, value in c["plan"]:
         if kind == "G":
             student.eval().requires_grad_(False)
-            generator.train()
+            window = adadfkd.window_at(value, args)
             images, terms = adadfkd.make_images(
-                generator, adam, z[:1], queue, adadfkd.window_at(value, args), args.adv, scene)
+                generator.train(), adam, z[:1], queue, window, args.adv, scene)
             z = z[1:]
             synth_loss.append(terms["g_total"])
             if len(synth_loss) == 1:
-                near(synth_loss[0], array(key + "synth_loss")[0])
-                near(images[:1], array(key + "img0"))
-                rms(gradient_norms(generator), array(key + "G_grad_norm"))
-                rms(generator.main[9].weight.grad, array(key + "G_grad_main9w"))
-                rms(generator.main[3].weight.grad, array(key + "G_grad_main3w"))
-                near(sums(generator), array(key + "G_after0"), 2e-3, 2e-1)
-                rms(running(generator), array(key + "G_buf_after0"))
+                near(synth_loss[0], golden["synth_loss"][0])
+                near(images[:1], golden["img0"])
+                rms(gradient_norms(generator), golden["G_grad_norm"])
+                rms(generator.main[9].weight.grad, golden["G_grad_main9w"])
+                rms(generator.main[3].weight.grad, golden["G_grad_main3w"])
+                near(sums(generator), golden["G_after0"], 2e-3, 2e-1)
+                rms(running(generator), golden["G_buf_after0"])
             continue
         student.train().requires_grad_(True)
         for batch in adadfkd.fresh_batches(generator.eval(), z[:value], scene):
@@ -374,19 +325,18 @@ def test_golden_steps(name, monkeypatch):
             counter += 1
         z = z[value:]
         kd_diff.append(terms["difficulty"])
-    near(torch.stack(synth_loss), array(key + "synth_loss"), 2e-3)
-    if args.curr_level == "sample":  # correction 4 moves the fourth digit; T^2 = 400 amplifies rounding
-        near(kd_loss[0], array(key + "kd_loss")[0], 0, 1e-6 if args.loss == "l1" else 1e-5)
-    near(torch.stack(kd_loss), array(key + "kd_loss"), 2e-3)
-    near(torch.stack(kd_diff), array(key + "kd_diff"), 2e-3)
-    assert counter == int(array(key + "global_iter"))
-    near(sums(generator), array(key + "G_after"), 2e-3, 2e-1)
-    near(sums(student), array(key + "S_after"), 2e-3, 5e-2)
-    rms(running(student), array(key + "S_buf_after"))
-    rms(list(student.parameters())[-2], array(key + "S_fc_after"))
+    if args.curr_level == "sample":  # correction 4 moves the fourth digit
+        near(kd_loss[0], golden["kd_loss"][0], 0, 1e-6 if args.loss == "l1" else 1e-5)
+    for key, ours in (("synth_loss", synth_loss), ("kd_loss", kd_loss), ("kd_diff", kd_diff)):
+        near(torch.stack(ours), golden[key], 2e-3)
+    assert counter == int(golden["global_iter"])
+    near(sums(generator), golden["G_after"], 2e-3, 2e-1)
+    near(sums(student), golden["S_after"], 2e-3, 5e-2)
+    rms(running(student), golden["S_buf_after"])
+    rms(list(student.parameters())[-2], golden["S_fc_after"])
     if args.hard:
-        rms(queue.rows().T, array(key + "queue"))
-        assert queue.added % STEP["N_neg"] == int(array(key + "ptr"))
+        rms(queue.rows().T, golden["queue"])
+        assert queue.added % STEP["N_neg"] == int(golden["ptr"])
     assert all(torch.equal(v, before[k]) for k, v in scene.teacher.state_dict().items())
 
 
@@ -407,6 +357,7 @@ def test_golden_single_terms(kind):
     near(adadfkd.entropy(t_logits, c["T_ent5"]), array("step/comp_ent_T5"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BASE if name not in ("adi", "cmi")])
 def test_golden_baselines(name):
     c = BASE[name]
@@ -472,15 +423,6 @@ def test_golden_cmi(monkeypatch):
     near(sums(head), array("base/cmi/head_after"), 2e-3, 2e-1)
 
 
-def test_golden_evaluation():
-    s, t, y = tensor("eval/s_logits"), tensor("eval/t_logits"), tensor("eval/labels")
-    scores = {**common.accuracy(s, y), **common.agreement(s, t)}
-    for key, ours in (("acc1", "top1"), ("acc5", "top5"), ("ce", "loss"), ("agree", "agree1"),
-                      ("prob_loyalty_quartic", "L_p"), ("prob_loyalty_sqrt", "L_p_sqrt")):
-        close(scores[ours], array(f"eval/{key}"), 1e-6)
-    close(common.js_distance(s, t).square(), array("eval/jsd_nat"), 1e-6)
-
-
 # ------------------------------------------------------------------------------ corrected terms
 
 def test_mask_of_the_adversarial_term():
@@ -488,81 +430,53 @@ def test_mask_of_the_adversarial_term():
     torch.manual_seed(0)
     s = torch.randn(32, 5, dtype=torch.float64, requires_grad=True)
     t = torch.randn(32, 5, dtype=torch.float64)
-    want = 0.0
-    for a, b in zip(s.detach().numpy(), t.numpy()):
-        p = np.exp(a / 3) / np.exp(a / 3).sum()
-        q = np.exp(b / 3) / np.exp(b / 3).sum()
-        if a.argmax() == b.argmax():
-            want -= 9 * (q * np.log(q / p)).sum() / 32
+    p, q = (np.exp(x.detach().numpy() / 3) for x in (s, t))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    same = p.argmax(1) == q.argmax(1)
     loss = adadfkd.adv_loss(s, t, "masked")
-    close(loss, want, 1e-12)
-    assert want < 0 and loss > adadfkd.adv_loss(s, t, "kl")
+    close(loss, -9 * (q * np.log(q / p)).sum(1)[same].sum() / 32, 1e-12)
+    assert 0 < same.sum() < 32
     grad, = torch.autograd.grad(loss, s)
-    assert torch.equal(grad.abs().sum(1) > 0, s.argmax(1) == t.argmax(1))
+    assert np.array_equal(grad.abs().sum(1) > 0, same)
 
 
 def test_minus_j_is_not_clamped():
-    """Correction 5: with 100 classes J is below 0 for near equal networks; -J keeps its gradient."""
+    """Correction 5: with 100 classes J is below 0 for near equal networks; -J has a gradient."""
     torch.manual_seed(0)
     s = torch.randn(8, 100, requires_grad=True)
-    t = s.detach() + 0.1 * torch.randn(8, 100)
-    p, q = (torch.softmax(x / 3, 1).detach().double().numpy() for x in (s, t))
-    m = np.clip((p + q) / 2, 0.01, 0.99)
-    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
-    j = (m * np.log(m / p) + m * np.log(m / q)).sum() / 2 / len(p)
-    near(adadfkd.adv_loss(s, t, "js_cu"), -j, 1e-4, 1e-9)
-    shifted = adadfkd.adv_loss(s, 3 * t, "js_cu")
-    assert torch.autograd.grad(shifted, s)[0].abs().sum() > 0
-    assert adadfkd.adv_loss(s, s, "js") == 1
+    loss = adadfkd.adv_loss(s, s.detach() + 0.1 * torch.randn(8, 100), "js_cu")
+    assert loss > 0
+    assert torch.autograd.grad(adadfkd.adv_loss(s, 3 * s.detach(), "js_cu"), s)[0].any()
+    assert adadfkd.adv_loss(s, s, "js") == 1  # AdaDFKD's is
 
 
-@pytest.mark.parametrize("option", ("curr_log", "none"))
 @pytest.mark.parametrize("level", ("batch", "sample"))
-def test_student_loss_by_hand(option, level):
-    """Correction 4: each row of l has the batch mean of L_nce; D3: without v too."""
-    scene = scene_of(BASIC, loss="l1", s_nce=0.3, tau=0.5, curr_option=option, curr_level=level)
+def test_feature_term_stays_without_weights(level):
+    """D3; each row of l has the batch mean of L_nce (correction 4: see the golden steps)."""
+    scene = scene_of(BASIC, loss="l1", s_nce=0.3, curr_option="none", curr_level=level)
     student = scene.student.train().requires_grad_(True)
-    torch.manual_seed(0)
-    x = torch.randn(6, 3, 32, 32)
-    t_logits = 3 * torch.randn(6, STEP["classes"])
-    with torch.no_grad():
-        s_logits, s_feat = common.with_features(copy.deepcopy(student), x)
-    t_feat = torch.randn_like(s_feat)
     sgd = torch.optim.SGD(student.parameters(), 0.0)
-    terms = adadfkd.student_step(student, sgd, (x, t_logits, t_feat), 2.0, scene)
-    a = t_feat.double() / t_feat.double().norm(dim=1, keepdim=True)
-    b = s_feat.double() / s_feat.double().norm(dim=1, keepdim=True)
-    logits = (a @ b.T / 0.5).numpy()
-    nce = (np.log(np.exp(logits).sum(1)) - np.diag(logits)).mean()
-    rows = (s_logits - t_logits).abs().double().mean(1).numpy() + 0.3 * nce
-    if level == "batch":
-        rows = rows.mean(keepdims=True)
-    v = np.ones_like(rows)
-    if option == "curr_log":
-        v = (1 + np.exp(-2.0)) / (1 + np.exp(rows - 2.0))
-    near(terms["loss"], (v * rows).mean(), 1e-5)
-    near(terms["nce"], nce, 1e-5)
-    near(terms["v"], v.mean(), 1e-5)
-    near(terms["difficulty"], (v * rows).sum() / v.sum(), 1e-5)
+    batch = torch.randn(6, 3, 32, 32), torch.randn(6, STEP["classes"]), torch.randn(6, 64)
+    terms = adadfkd.student_step(student, sgd, batch, 2.0, scene)
+    assert terms["v"] == 1
+    near(terms["loss"], terms["kd"] + 0.3 * terms["nce"])
 
 
-@pytest.mark.parametrize("name, spread", (
-    ("resnet18", None), ("resnet34", None), ("wrn16_1", "kaiming"), ("vgg11", "kaiming")))
-def test_initial_weights(name, spread):
+@pytest.mark.parametrize("name, kaiming", (("resnet18", False), ("wrn16_1", True)))
+def test_initial_weights(name, kaiming):
     """Correction 6: uniform up to 1/sqrt(fan_in) as torch has it, or Kaiming by fan_out."""
     torch.manual_seed(0)
-    args = adadfkd.Args(student=name)
-    for m in adadfkd.build_student(args, own_data()).modules():
+    for m in adadfkd.build_student(adadfkd.Args(student=name), own_data()).modules():
         if isinstance(m, nn.Conv2d) and m.weight.numel() > 5000:
-            fan_in = m.weight[0].numel()
-            fan_out = m.weight[:, 0].numel()
-            want = math.sqrt(2 / fan_out) if spread else 1 / math.sqrt(3 * fan_in)
+            fan_in, fan_out = m.weight[0].numel(), m.weight[:, 0].numel()
+            want = math.sqrt(2 / fan_out) if kaiming else 1 / math.sqrt(3 * fan_in)
             assert m.weight.std().item() == pytest.approx(want, rel=0.05)
 
 
 # the table of adadfkd.md, section 3, and corrections 2 and 7
 ROWS = """
-dataset  teacher  student batch_size epochs T loss adv grad_adv begin_fraction end_fraction lambda_0 length s_nce N_neg curr_level
+dataset  teacher  student batch_size epochs T loss adv grad_adv begin_fraction \
+end_fraction lambda_0 length s_nce N_neg curr_level
 cifar10  resnet34 resnet18  768 250 20 kl 1    0 .2  .75 2.3  .85 .2   6144  batch
 cifar10  vgg11    resnet18 1024 300 20 kl 1    0 .25 .75 2.3 1.   .2   6144  sample
 cifar10  wrn40_2  wrn40_1  1024 250 20 kl 1    0 .25 .75 1.3 1.   .2   6144  sample
@@ -575,7 +489,8 @@ cifar100 wrn40_2  wrn16_2  1024 500 2  kl 0 .095 .2  .8  1.2  .8  .15 16384  bat
 tiny_imagenet resnet50_tiny resnet18_tiny 64 500 5 l1 1 0 .2 .75 1.3 .81 .02 16384 batch
 """
 CUDFKD_ROWS = """
-dataset  teacher  student batch_size epochs T loss adv grad_adv begin_fraction end_fraction lambda_0 memory
+dataset  teacher  student batch_size epochs T loss adv grad_adv begin_fraction \
+end_fraction lambda_0 memory
 cifar10  resnet34 resnet18  512 250 20 l1 0 .5  .25 .75 2.0 False
 cifar10  vgg11    resnet18  512 250 20 l1 0 .5  .25 .75 2.0 False
 cifar10  wrn40_2  wrn40_1  1024 250 20 kl 1 0   .25 .75 2.0 True
@@ -594,8 +509,7 @@ def parse(*flags):
 
 
 def has(args, **values):
-    wrong = {name: getattr(args, name) for name in values if getattr(args, name) != values[name]}
-    assert not wrong, f"{wrong} instead of {values}"
+    assert {name: getattr(args, name) for name in values} == values
 
 
 def row_of(table, number, preset):
@@ -642,22 +556,18 @@ def test_baselines_take_the_protocol_of_their_table(name):
     off = dict(hard=0, s_nce=0, lmda_ent=0, curr_option="none", grad_adv=0, memory=False)
     for line in ROWS.strip().splitlines()[1:-1]:
         dataset, teacher, student, *_ = line.split()
-        args = parse("--preset", name, "--dataset", dataset, "--teacher", teacher, "--student", student)
+        args = parse("--preset", name, "--dataset", dataset, "--teacher", teacher,
+                     "--student", student)
         lr = 0.05 if (name, teacher) == ("dfq", "resnet34") else 0.1
         has(args, batch_size=256, epochs=200, lr=lr, betas_g=(0.5, 0.999), loss="kl",
             T=20 if name in ("adi", "cmi") else 1, kd_steps=STEPS[name], ep_steps=400)
         has(args, **OWN_TERMS[name], **off)
-    small = parse("--preset", f"small_{name}", "--dataset", "cifar10", "--student", "wrn16_1")
-    has(small, **{**OWN_TERMS[name], "lr_g": OWN_TERMS[name].get("lr_g", 2e-3)}, **off)
-    has(small, batch_size=64, lr=0.03, T=20, loss="kl", ngf=32, betas_g=(0.9, 0.99))
 
 
 def test_a_pair_without_a_row_is_run_by_small(capsys):
-    args = parse("--dataset", "cifar10", "--teacher", "resnet20", "--student", "wrn16_1", "--T", "4")
+    args = parse("--dataset", "cifar10", "--student", "wrn16_1", "--T", "4", "--teacher", "vgg8")
     adadfkd.choose_small(args)
-    has(args, preset="small", T=4, epochs=30, ep_steps=300, kd_steps=10, batch_size=64, adv=1,
-        adv_type="kd", balance=20, curr_option="none", hard=0.1, s_nce=0.1, length=0.9, N_neg=1024,
-        lr=0.03, lr_g=2e-3, ngf=32, lmda_ent=-20, begin_fraction=0.25, end_fraction=0.75)
+    has(args, preset="small", T=4, epochs=30, batch_size=64, adv=1, adv_type="kd", balance=20)
     assert "preset small" in capsys.readouterr().out
     args = parse()
     adadfkd.choose_small(args)
@@ -666,53 +576,6 @@ def test_a_pair_without_a_row_is_run_by_small(capsys):
 
 
 # ----------------------------------------------------------------------------------- properties
-
-@pytest.mark.parametrize("window", ((0, 40), (0, 7), (33, 40), (5, 6), (11, 29), (9, 9)))
-def test_ring_is_what_sorting_gives(window):
-    torch.manual_seed(0)
-    similarity = torch.randn(6, 40, requires_grad=True)
-    ring = adadfkd.ring_of(similarity, window)
-    inside = ring > -math.inf
-    for row, picked in zip(similarity.detach(), inside):
-        assert torch.equal(row[picked].sort().values, row.sort().values[slice(*window)])
-    assert torch.equal(ring[inside], similarity[inside])
-
-
-def test_local_view_is_a_bilinear_crop():
-    """Against torch's grid_sample, from the same draws."""
-    data = own_data()
-    x = torch.rand(16, 3, 32, 32, generator=rng())
-    ours = adadfkd.local_view(x, data, rng(1))
-    u = torch.rand(5, 16, generator=rng(1))
-    area = 0.25 + 0.75 * u[0]
-    aspect = (4 / 3) ** (2 * u[1] - 1)
-    height = (area / aspect).sqrt().clamp(max=1)
-    width = (area * aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(16, 2, 3)
-    theta[:, 0, 0] = torch.where(u[4] < 0.5, -width, width)
-    theta[:, 1, 1] = height
-    theta[:, 0, 2] = (1 - width) * (2 * u[3] - 1)
-    theta[:, 1, 2] = (1 - height) * (2 * u[2] - 1)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    close(ours, data.normalize(F.grid_sample(x, grid, padding_mode="border", align_corners=False)), 1e-5)
-
-
-def test_cmi_keeps_the_best_images(monkeypatch):
-    scene = scene_of(BASIC, g_steps=3, bn=0.0, oh=0.0, adv=0.0, cr=1.0, nz=16, ngf=8)
-    totals = iter((3.0, 1.0, 2.0))
-    seen = []
-
-    def view(x, data, rng):
-        seen.append(x.detach())
-        return data.normalize(x)
-
-    monkeypatch.setattr(adadfkd, "local_view", view)
-    monkeypatch.setattr(adadfkd, "contrast_loss", lambda *more: torch.tensor(next(totals)))
-    contrast = adadfkd.make_contrast(scene.args, scene.data, scene.teacher)
-    images, made = adadfkd.make_images_cmi(torch.randn(4, 16), torch.zeros(4).long(), contrast, scene)
-    assert torch.equal(images, seen[1]) and (made["g_first"], made["g_last"]) == (3, 2)
-    assert contrast.bank.rows().shape[:2] == (4, 2)
-
 
 def test_no_host_sync_in_a_step():
     scene = scene_of(BASIC, kd_steps=2, batch_size=8, g_steps=1, nz=16, ngf=8)
@@ -728,11 +591,11 @@ def test_no_host_sync_in_a_step():
         adadfkd.make_images_adi(images, torch.zeros(16).long(), scene)
         pool.add(common.quantize(images))
         scene.student.train().requires_grad_(True)
-        for batch in (*adadfkd.fresh_batches(generator, z, scene), *adadfkd.pool_batches(pool, scene)):
+        for batch in adadfkd.fresh_batches(generator, z, scene):
             adadfkd.student_step(scene.student, sgd, batch, 2.0, scene)
-        assert syncs == []
-        images.sum().item()
-    assert syncs == ["_local_scalar_dense"]  # the counter does count
+        for batch in adadfkd.pool_batches(pool, scene):
+            adadfkd.student_step(scene.student, sgd, batch, 2.0, scene)
+    assert syncs == []
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -742,10 +605,10 @@ def smoke(data_dir, tmp_path, monkeypatch):
     """A run of --smoke in an empty folder, with a small network of one's own as the student."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(
-        "import torch.nn as nn\n"
+        "from torch.nn import *\n"
         "def small(num_classes):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(),\n"
-        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")
+        "    return Sequential(Conv2d(3, 8, 3, 4), BatchNorm2d(8), ReLU(), AdaptiveAvgPool2d(1),\n"
+        "                      Flatten(), Linear(8, num_classes))\n")
 
     def run(*flags):
         adadfkd.main(parse("--smoke", "--data_dir", str(data_dir), "--student", "net.py:small",
@@ -796,11 +659,6 @@ def test_resume_is_bit_equal(preset, smoke, data_dir, monkeypatch):
             smoke(*flags, "--run_name", "cut")
     adadfkd.main(parse("--resume", "runs/cut", "--data_dir", str(data_dir)))
     assert metrics("runs/whole") == metrics("runs/cut") and same_weights("runs/whole", "runs/cut")
-
-
-def test_student_that_stands_still_is_named(smoke, capsys):
-    smoke("--epochs", "1", "--s_nce", "100", "--run_name", "frozen")
-    assert "the student stands still" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, word", (

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import netgraft  # noqa: F401  its networks are in MODELS then
 import toy
 from tools import (
     ROOT, cases, close, load_golden, metrics, result, run, same_weights, start, unread)
@@ -40,14 +41,13 @@ GONE = {  # golden numbers of what the second version of this collection does wi
     r"fewshot/netgraft/cifar10/sorted_index": "the shots in the other of these two orders",
 }
 READ_ELSEWHERE = {
-    r"net/netgraft/.+": "test_netgraft.py",
     r"fewshot/netgraft/\w+/positions": "test_netgraft.py",
     r"fewshot/pgdi/\d+/(labels|seed_shots|indices)": "test_pgdi.py",
     r"subset/akd/[\d.]+/(first64|count|sum|crc32|evaluated)": "test_akd_gan.py",
 }
 READ = (
     r"config", r"fill/salt", r"x/\w+", r"net/index",
-    r"net/(?!netgraft).+/(meta|logits_std|logits|feat|logits_train|bnstat_train)",
+    r"net/.+/(meta|logits_std|logits|feat|logits_train|bnstat_train)",
     r"sgd/\w+/(y|hyp|loss|abs_sum|sq_sum)", r"norm/in", r"norm/\w+/(mean_std|out)",
     r"crop/\d+/(in|dy|dx|flip|out)", r"real/(ids|x|y)", r"real/\w+/logits",
     r"eval/\w+/(student|teacher|labels|acc1|acc5|agree1|loss|lp_official|lp_single_sqrt)",
@@ -57,7 +57,7 @@ READ = (
 # ----------------------------------------------------------------------------- golden numbers
 
 GOLDEN, CONFIG = load_golden("common")
-NETS = [case for case in json.loads(bytes(GOLDEN["net/index"])) if "netgraft/" not in case]
+NETS = json.loads(bytes(GOLDEN["net/index"]))
 
 
 def meta_of(case):
@@ -829,16 +829,17 @@ def test_normalisation_typed_stored_or_of_the_data(place):
 
 @pytest.mark.slow
 def test_two_processes_without_a_teacher_both_end_well(tmp_path):
-    words = ("tests/toy.py", "--smoke", "--epochs", 1)
+    make_own(tmp_path)
+    words = ("tests/toy.py", "--smoke", "--dataset", "own", "--epochs", 1)
     pair = [start(*words, "--run_name", name, cwd=tmp_path) for name in "ab"]
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0 and not err, err
     assert [path.name for path in (tmp_path / "data" / "teachers").iterdir()] == [
-        "shapes_resnet8_smoke.pt"]
+        "own_resnet8_smoke.pt"]
     assert same_weights(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "data"}
-    code, out, err = run("common.py", "eval", "runs/a", cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "runs", "data"}
+    code, out, err = run("common.py", "eval", "runs/a", "--dataset", "own", cwd=tmp_path)
     last = result(tmp_path / "runs" / "a")[0]["last"]
     assert code == 0 and f"top1 {last:.2f} %" in out, err
 

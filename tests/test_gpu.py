@@ -120,15 +120,15 @@ def test_a_run_goes_on_on_another_kind_of_device(tmp_path, data_dir):
     assert code == 130 and "--resume runs/run" in err
     code, out, err = run("pgdi.py", "--resume", "runs/run", "--device", "cpu", cwd=tmp_path)
     assert code == 0, err
-    assert len(re.findall("saved on cuda, going on on cpu: random numbers are drawn anew", out)) == 1
+    assert len(re.findall("saved on cuda, going on on cpu: random numbers", out)) == 1
     assert [row["epoch"] for row in metrics(tmp_path / "runs/run")] == [0, 1, 1]
 
 
 LAUNCHES = """
-import bench, pretend_cuda
+import steps, pretend_cuda
 if not pretend_cuda.install():
     print("NOT HERE: this torch takes no pretended device"); raise SystemExit
-step = bench.steps_of("gda_kd", "", pretend_cuda.CUDA, "none")[0]
+step = steps.steps_of("gda_kd", "", pretend_cuda.CUDA, "none")[0]
 pretend_cuda.hollow = True
 step.work()
 costs = pretend_cuda.start_counting()
@@ -153,8 +153,8 @@ def test_a_step_of_gda_sends_all_groups_through_the_network_in_one_pass():
 @pytest.mark.parametrize("script", ["pgdi.py", "adadfkd.py", "akd_gan.py", "gda_kd.py",
                                     "netgraft.py"])
 def test_a_script_runs_on_a_gpu(script, amp, tmp_path, data_dir):
-    code, out, err = run(script, "--smoke", "--device", "cuda", "--amp", amp, "--data_dir", data_dir,
-                         cwd=tmp_path)
+    flags = ["--smoke", "--device", "cuda", "--amp", amp, "--data_dir", data_dir]
+    code, out, err = run(script, *flags, cwd=tmp_path)
     assert code == 0, err
     assert "on shapes" in out and "cuda:0" in out
 

@@ -1,7 +1,5 @@
 """Tests of netgraft.py. The golden ones take sizes, seeds and cases from the file in GOLDEN_DIR."""
 import copy
-import json
-import re
 import zlib
 from functools import cache
 from pathlib import Path
@@ -14,14 +12,14 @@ import torch.nn.functional as F
 
 import common
 import netgraft
-from tools import ROOT, close, host_syncs, load_golden, metrics, same_weights
+from tools import ROOT, cases, close, host_syncs, load_golden, metrics, same_weights, unread
 
 GOLDEN, CONFIG = load_golden("netgraft")
 COMMON, COMMON_CONFIG = load_golden("common")
 SALT = str(GOLDEN["fill_salt"])
 PAIR = ("netgraft_vgg16", "netgraft_vgg16_student")
 READ = (
-    r"config|fill_salt|count/c\d+|eval/(logits|target|acc)|hp/shots",
+    r"config|fill_salt|count/c\d+|hp/shots",
     r"sel/c\d+/(labels|within_class|global_n\d+)",
     r"hp/c\d+/(s[12]_batch|steps_per_epoch|s1_lr_(block|t2s|s2t)|s2_lr|s[12]_epochs)",
     r"loss/\w+/(student|teacher|(norm|raw)(_epoch_mean|_grad)?)",
@@ -30,18 +28,16 @@ READ = (
     r"fold/c\d+/(logits|naive_logits|teacher_head_w_sum_l2|teacher_head_b)",
     r"step/c\d+_n\d+(_raw)?/(x_u8|(s1_b[012]|s2_len[23])_(loss|names|stats))",
     r"aug/c\d+/(img_u8|top_left_flip|out|test_out)")
-GONE = {}  # pattern of golden keys -> why nothing reads them; of common.npz, this file reads
-COMMON_READ = r"net/netgraft/.+/(meta|logits|logits_std)|fewshot/netgraft/[^/]+/positions"
-COMMON_GONE = {r"fewshot/netgraft/[^/]+/sorted_index": "no map for copies of CIFAR in another order"}
+GONE = {r"eval/.*": "test_common.py compares the same scores"}
+COMMON_READ = r"net/netgraft/.+|fewshot/netgraft/[^/]+/positions"  # the first in test_common.py
+COMMON_GONE = {
+    r"fewshot/netgraft/[^/]+/sorted_index": "no map for copies of CIFAR in another order",
+}
 
 
 def group(prefix):
     """{last part of the key: array} of all keys below a prefix."""
     return {key.split("/")[-1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{prefix}/")}
-
-
-def cases(name):
-    return sorted({key.split("/")[1] for key in GOLDEN if key.startswith(f"{name}/c")})
 
 
 def parse(*argv):
@@ -54,9 +50,9 @@ def column(classes, shots=10):
 
 
 @cache
-def filled(key, shape):
+def filled(key, shape, salt=SALT):
     """The weights that belong to the name of a state dict entry."""
-    seed = zlib.crc32((SALT + key).encode()) & 0xffffffff
+    seed = zlib.crc32((salt + key).encode()) & 0xffffffff
     w = np.random.RandomState(seed).standard_normal(shape) * 0.05
     w = np.abs(w.astype(np.float32)) + 0.5 if key.endswith("running_var") else w.astype(np.float32)
     return torch.from_numpy(np.asarray(w))
@@ -91,20 +87,19 @@ def fake_data(x, norm="cifar10", classes=10):
     """A Data of uint8 images (N, 3, S, S), without files."""
     y = torch.arange(len(x)) % classes
     names = [str(c) for c in range(classes)]
-    return common.Data("fake", lambda split: (torch.as_tensor(x), y, names), torch.device("cpu"), norm)
+    read = lambda split: (torch.as_tensor(x), y, names)  # noqa: E731
+    return common.Data("fake", read, torch.device("cpu"), norm)
 
 
 # ------------------------------------------------------------------------------------- golden
 
 def test_golden_every_key_is_read_or_gone():
-    known = [*READ, *GONE]
-    assert not [key for key in GOLDEN if not any(re.fullmatch(p, key) for p in known)]
-    ours = [key for key in COMMON if "/netgraft/" in key]
-    known = [COMMON_READ, *COMMON_GONE]
-    assert ours and not [key for key in ours if not any(re.fullmatch(p, key) for p in known)]
+    assert not unread(GOLDEN, *READ, *GONE)
+    ours = [key for key in unread(COMMON, COMMON_READ, *COMMON_GONE) if "/netgraft/" in key]
+    assert not ours
 
 
-@pytest.mark.parametrize("case", cases("sel"))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"sel/(c\d\w*)/"))
 def test_golden_shots(case):
     config, g = CONFIG["sel"][case], group(f"sel/{case}")
     for shots in config["shots"]:
@@ -134,7 +129,7 @@ def small_scion(n=3):
     return scion
 
 
-@pytest.mark.parametrize("case", cases("hp"))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"hp/(c\d\w*)/"))
 def test_golden_schedule(case):
     classes, g = int(case[1:]), group(f"hp/{case}")
     for i, shots in enumerate(GOLDEN["hp/shots"].tolist()):
@@ -151,7 +146,7 @@ def test_golden_schedule(case):
         np.testing.assert_allclose(found[3:], g["s2_lr"][i], rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", sorted({k.split("/")[1] for k in GOLDEN if k[:5] == "loss/"}))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"loss/(\w+)/"))
 @pytest.mark.parametrize("kind, loss_fn", (("norm", netgraft.norm_mse), ("raw", F.mse_loss)))
 def test_golden_loss(case, kind, loss_fn):
     g = group(f"loss/{case}")
@@ -165,7 +160,7 @@ def test_golden_loss(case, kind, loss_fn):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", cases("net"))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"net/(c\d\w*)/"))
 def test_golden_networks(case):
     g = group(f"net/{case}")
     x = torch.from_numpy(g["x"])
@@ -187,7 +182,7 @@ def test_golden_networks(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", cases("fold"))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"fold/(c\d\w*)/"))
 def test_golden_fold(case):
     g, x = group(f"fold/{case}"), torch.from_numpy(GOLDEN[f"net/{case}/x"])
     teacher, pair = golden_pair(int(case[1:]))
@@ -215,7 +210,7 @@ def test_golden_fold(case):
         close(net(x), g["logits"], 1e-4)
 
 
-@pytest.mark.parametrize("case", [key.split("/")[1] for key in GOLDEN if key.startswith("count/")])
+@pytest.mark.parametrize("case", cases(GOLDEN, r"count/(c\d+)"))
 def test_golden_counts(case):
     classes = int(case[1:])
     teacher, pair = golden_pair(classes)
@@ -224,7 +219,8 @@ def test_golden_counts(case):
     assert [t, prefix, scion, prefix + scion, plain] == GOLDEN[f"count/{case}"].tolist()
 
 
-@pytest.mark.parametrize("case", cases("step"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(GOLDEN, r"step/(c\d\w*)/"))
 def test_golden_steps(case):
     """Every phase, its Adam and the step, from what the frozen blocks give."""
     c, g = CONFIG["step"][case], group(f"step/{case}")
@@ -260,7 +256,7 @@ def test_golden_steps(case):
     assert all(torch.equal(v, teacher_before[k]) for k, v in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("case", cases("aug"))
+@pytest.mark.parametrize("case", cases(GOLDEN, r"aug/(c\d\w*)/"))
 def test_golden_views(case):
     g, c = group(f"aug/{case}"), CONFIG["aug"][case]
     assert c["padding"] == common.PADDING
@@ -272,56 +268,14 @@ def test_golden_views(case):
     close(netgraft.test_images(data, torch.tensor([0]))[0], g["test_out"], 1e-6)
 
 
-def test_golden_accuracy():
-    if "eval/acc" not in GOLDEN:
-        pytest.skip("not in this file")
-    logits, target = (torch.from_numpy(GOLDEN[f"eval/{key}"]) for key in ("logits", "target"))
-    found = common.accuracy(logits, target.long())["top1"] / 100
-    assert abs(found - float(GOLDEN["eval/acc"])) <= 1e-12
-
-
-def zoo_weights(state, rule):
-    """Weights of common.npz, made of the published key names: rule std or live."""
-    salt, made = bytes(COMMON["fill/salt"]).decode(), {}
-    for key, shape in state:
-        z = np.random.RandomState(zlib.crc32((salt + key).encode())).standard_normal(shape)
-        if rule == "std":
-            z = np.abs(0.05 * z) + 0.5 if key.endswith("running_var") else 0.05 * z
-        elif key.endswith("running_var"):
-            z = 0.6 + 0.5 * np.abs(z)
-        elif key.endswith(("running_mean", "bias")):
-            z = 0.1 * z
-        elif len(shape) > 1:
-            z = z * np.sqrt(2 / np.prod(shape[1:]))
-        else:
-            z = 0.9 + 0.1 * z
-        made[key] = torch.from_numpy(np.asarray(z, np.float32)) if shape else torch.tensor(0)
-    return made
-
-
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize("case", [k[4:-5] for k in COMMON if re.fullmatch("net/netgraft/.+/meta", k)])
-def test_golden_networks_are_found_by_their_shapes(case, tmp_path):
-    meta = json.loads(bytes(COMMON[f"net/{case}/meta"]))
-    x = torch.from_numpy(COMMON[f"x/{meta['input']}"])
-    for rule, logits in (("live", "logits"), ("std", "logits_std")):
-        torch.save({"state_dict": zoo_weights(meta["state"], rule)}, tmp_path / "net.pth")
-        net, arch, _ = common.load_model(tmp_path / "net.pth", "", meta["classes"])
-        close(net(x), COMMON[f"net/{case}/{logits}"], 1e-4)
-    assert arch == PAIR["student" in case]
-    assert [[key, list(value.shape)] for key, value in net.state_dict().items()] == meta["state"]
-    assert common.count_params_macs(net, meta["input"]) == (meta["params"], meta["macs"])
-
-
 # ---------------------------------------------------------------------------- published values
 
 CIFAR10 = dict(
     epochs_block=(100, 60, 60), epochs_net=(100, 100), batch_size=64, fewshot_seed=6, lr_net=1e-4,
     lr_block=(2.5e-4, 2.5e-4, 2.5e-4), lr_t2s=(2.5e-3, 2.5e-3), lr_s2t=(2.5e-3, 2.5e-3))
 CIFAR100 = dict(
-    epochs_block=(1000, 200, 200), epochs_net=(150, 150), batch_size=64, fewshot_seed=10, lr_net=1e-4,
-    lr_block=(2.5e-4, 1e-3, 1e-3), lr_t2s=(1e-3, 1e-3), lr_s2t=(1e-3, 1e-3))
+    epochs_block=(1000, 200, 200), epochs_net=(150, 150), batch_size=64, fewshot_seed=10,
+    lr_net=1e-4, lr_block=(2.5e-4, 1e-3, 1e-3), lr_t2s=(1e-3, 1e-3), lr_s2t=(1e-3, 1e-3))
 
 
 @pytest.mark.parametrize("dataset, row", (("cifar10", CIFAR10), ("cifar100", CIFAR100)))
@@ -332,21 +286,7 @@ def test_published_values(dataset, row, preset, init):
     assert {name: getattr(args, name) for name in row} == row  # eval_every 1: `best` as published
 
 
-def test_what_is_typed_wins():
-    args = parse("--dataset", "cifar100", "--lr_block", 1e-2, "--epochs_net", 3, 4, "--nshot", 5)
-    assert (args.lr_block, args.epochs_net, args.shots) == ((1e-2,), (3, 4), 5)
-    assert args.lr_t2s == CIFAR100["lr_t2s"]
-
-
 # ----------------------------------------------------------------------------------- the parts
-
-def test_loss_sees_directions_only():
-    s, t = torch.randn(5, 7), torch.randn(5, 7)
-    loss = netgraft.norm_mse(s, t)
-    close(netgraft.norm_mse(3 * s, t), loss, 1e-5)
-    close(loss, 2 * (1 - F.cosine_similarity(s, t)).sum(), 1e-5)
-    assert netgraft.norm_mse(2 * t, t) < 1e-9
-
 
 def test_a_phase_of_no_epochs_is_left_out_and_short_lists_repeat_their_last_entry():
     args = parse("--epochs_block", 3, 0, 2, "--epochs_net", 4, "--lr_block", 1e-2)
@@ -365,8 +305,7 @@ def test_a_lone_image_joins_the_batch_before(n, sizes):
 
 
 @pytest.mark.parametrize("names, start, grafts", (
-    (PAIR, 3, 3), (("resnet14", "resnet8"), 1, 3), (("resnet34", "resnet18"), 1, 4),
-    (("wrn40_2", "wrn16_2"), 1, 3)))
+    (PAIR, 3, 3), (("resnet14", "resnet8"), 1, 3), (("wrn40_2", "wrn16_2"), 1, 3)))
 def test_grafts_learn_and_the_teacher_does_not(names, start, grafts):
     torch.manual_seed(0)
     teacher, student = (common.build_model(name, 5) for name in names)
@@ -389,35 +328,26 @@ def test_grafts_learn_and_the_teacher_does_not(names, start, grafts):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def blocks_net(width):
-    stage = nn.Sequential(nn.ReLU(), nn.Conv2d(8, width, 3, 2, 1))
-    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
-    return nn.Sequential(nn.Conv2d(3, 8, 3), stage, head)
-
-
 @pytest.mark.parametrize("teacher, student, words", (
     ("resnet8", "resnet8", "nothing is left"), ("resnet14", "wrn16_1", "one family"),
     ("resnet34", "resnet20", "equally many"), ("resnet50", "resnet18", "behind block 1"),
-    ("vgg16", "vgg8", "cannot be cut"), (PAIR[0], "netgraft_vgg16_folded", "must be equal"),
-    (blocks_net(4), blocks_net(3), "must be equal")))
+    ("vgg16", "vgg8", "cannot be cut"), (PAIR[0], "netgraft_vgg16_folded", "must be equal")))
 def test_pairs_that_do_not_fit(teacher, student, words, capsys):
-    if isinstance(teacher, str):
-        teacher, student = common.build_model(teacher, 5), common.build_model(student, 5)
+    teacher, student = common.build_model(teacher, 5), common.build_model(student, 5)
     with pytest.raises(SystemExit) as stop:
         netgraft.match(teacher, student, 32)
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def outputs(teacher, student, n=2, cache_gb=1.0):
-    """Outputs of all views of n random images."""
+def outputs(teacher, student):
+    """Outputs of all views of a random image."""
     pair = netgraft.match(teacher.eval().requires_grad_(False), student, 32)
-    x = torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    args = netgraft.Args(cache_gb=cache_gb)
+    x = torch.randint(0, 256, (1, 3, 32, 32)).byte()
     images = lambda rows: netgraft.view_images(fake_data(x), x, rows)  # noqa: E731
-    return netgraft.Outputs(images, n * netgraft.VIEWS, pair, args)
+    return netgraft.Outputs(images, netgraft.VIEWS, pair, netgraft.Args(cache_gb=1.0))
 
 
-@pytest.mark.parametrize("names", (PAIR, ("resnet14", "resnet8"), ("wrn40_1", "wrn16_1")))
+@pytest.mark.parametrize("names", (PAIR, ("resnet14", "resnet8")))
 def test_kept_outputs_are_those_of_a_step_bit_for_bit(names):
     torch.manual_seed(0)
     views = outputs(*(common.build_model(name, 10) for name in names))
@@ -433,17 +363,8 @@ def test_kept_outputs_are_those_of_a_step_bit_for_bit(names):
     assert set(views.kept) == {2, last} and torch.equal(views.at(rows, 2), direct[2])
 
 
-def test_outputs_are_kept_as_far_as_they_fit():
-    bytes_at = {0: 4 * 4096, 1: 4 * 2048, 2: 4 * 512, 3: 4 * 10}  # of one view of VGG16
-    views = outputs(*(common.build_model(name, 10) for name in PAIR), n=1)
-    for wanted in ((3, 0, 1, 2), (3, 1, 2), (3,), ()):
-        views.room = sum(bytes_at[cut] for cut in wanted) * netgraft.VIEWS
-        views.keep([3, 0, 1, 2])
-        assert set(views.kept) == set(wanted)
-
-
 def test_a_step_does_not_wait_for_the_device():
-    views = outputs(*(common.build_model(name, 10) for name in PAIR), n=1)
+    views = outputs(*(common.build_model(name, 10) for name in PAIR))
     phase = netgraft.make_phases(views.pair.scion, parse(), 10)[1]
     net = views.pair.grafted(1, 2)
     rng = torch.Generator().manual_seed(0)
@@ -465,44 +386,6 @@ def test_fold_is_exact_at_every_size(size):
     u = torch.rand(2, 4, *size).double()
     weight, bias_map = netgraft.fold_conv(conv, *netgraft.fold_affine(e, a), size)
     close(F.conv2d(u, weight, padding=1) + bias_map, conv(a(e(u))), 1e-12)
-
-
-@torch.no_grad()
-def test_folded_student_is_smaller_and_the_same():
-    torch.manual_seed(0)
-    teacher, student = (common.build_model(name, 10) for name in PAIR)
-    pair = netgraft.match(teacher.eval(), student, 32)
-    for p in pair.scion.parameters():
-        nn.init.normal_(p, std=0.05)
-    unfolded, x = nn.Sequential(pair.prefix, *pair.scion), torch.rand(16, 3, 32, 32)
-    folded = netgraft.fold_student(pair)
-    close(folded(x), unfolded(x), 1e-5)
-    sizes = [common.count_params_macs(net, 32) for net in (teacher, unfolded, folded)]
-    assert [(params, round(macs / 1e6, 2)) for params, macs in sizes] == [
-        (14983498, 313.46), (5938506, 227.35), (5279306, 225.91)]
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_channels_that_never_fire_cost_nothing():
-    """Half of the teacher's deep channels are dead: the narrow grafts do at once what it does."""
-    torch.manual_seed(0)
-    teacher, student = (common.build_model(name, 10) for name in PAIR)
-    for conv in [m for m in teacher.features[3:].modules() if isinstance(m, nn.Conv2d)]:
-        alive = torch.randperm(512) < 256
-        conv.weight.mul_(alive[:, None, None, None])
-        conv.bias.copy_(0.01 * alive)
-    norm = teacher.classifier[1]
-    for tensor in (norm.running_mean, norm.weight, norm.bias):
-        tensor.normal_()
-    pair = netgraft.match(teacher.eval(), student, 32)
-    h = torch.rand(300, 256, 4, 4)
-    t_logits, x = nn.Sequential(*pair.t_blocks)(h), h
-    for b in range(3):
-        netgraft.init_vgg_graft(pair.scion[b], pair.t_blocks[b], x)
-        close(pair.grafted(b, b + 1)(x), t_logits, 1e-3)
-        x = pair.t_blocks[b](x)
-    close(pair.grafted(0, 3)(h), t_logits, 1e-3)
 
 
 def test_residual_units_are_copied_evenly():
@@ -531,7 +414,7 @@ def run(tmp_path, monkeypatch):
         torch.save(common.build_model(name, 4).state_dict(), f"{name}.pt")
 
     def go(name, *flags, teacher="resnet14"):
-        words = f"--smoke --dataset own --device cpu --shots 4 --teacher_ckpt {teacher}.pt".split()
+        words = f"--smoke --dataset own --device cpu --shots 1 --teacher_ckpt {teacher}.pt".split()
         words += "--epochs_block 2 1 2 --epochs_net 2 3 --save_every 1 --run_name".split()
         netgraft.main(parse(*words, name, *flags))
         return json.loads(Path(f"runs/{name}/result.json").read_text())[0]
@@ -545,46 +428,40 @@ def test_run(run, capsys):
     assert [e for e, k in scores if k == "top1_grafted"] == [1, 2, 4, 6]  # where a phase ends
     assert [e for e, k in scores if k == "top1"] == [7, 8, 9]  # D1: every epoch of the last one
     last_phase = [r["top1"] for r in rows if "top1" in r]
-    assert (row["best"], row["last"], row["real_images"]) == (max(last_phase), last_phase[-1], 16)
+    assert (row["best"], row["last"], row["real_images"]) == (max(last_phase), last_phase[-1], 4)
     config = json.loads(Path("runs/a/config.json").read_text())
-    assert config["args"]["epochs"] == 10 and len(config["shot_indices"]) == 16
+    assert config["args"]["epochs"] == 10 and len(config["shot_indices"]) == 4
     state = torch.load("runs/a/student.pt", weights_only=True)
     assert list(state) == list(common.build_model("resnet8", 4).state_dict())
     printed = capsys.readouterr().out
     assert "step 1 of 2: block 2 of 3 alone" in printed and "step 2 of 2: all blocks" in printed
 
 
-@pytest.mark.parametrize("stop", (3, 8))
-def test_a_stopped_run_goes_on_bit_equal(run, monkeypatch, stop):
-    """Stopped between two phases, and in the middle of the last one."""
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_bit_equal(run, monkeypatch):
+    """Stopped between two phases, and again in the middle of the last one."""
     run("a")
     plain = common.Run.end_epoch
 
     def end_epoch(self, epoch, top1=None):
         plain(self, epoch, top1)
-        if epoch + 1 == stop:
+        if epoch + 1 in (3, 8):
             raise InterruptedError
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "end_epoch", end_epoch)
         with pytest.raises(InterruptedError):
             run("b")
+        with pytest.raises(InterruptedError):
+            netgraft.main(parse("--resume", "runs/b"))
     netgraft.main(parse("--resume", "runs/b"))
     assert metrics("runs/a") == metrics("runs/b") and same_weights("runs/a", "runs/b")
 
 
 @pytest.mark.slow
-def test_flags_change_the_student(run):
-    short = ("--epochs_block", 1, "--epochs_net", 1)
-    run("a", *short)
-    for flags in ("--no_norm_loss", "--init teacher --amp bf16"):
-        run(flags[2:], *short, *flags.split())
-        assert not same_weights("runs/a", f"runs/{flags[2:]}"), flags
-
-
-@pytest.mark.slow
 def test_vgg_run_folds_and_is_scored_again(run, capsys):
-    row = run("a", "--student", PAIR[1], "--epochs_block", 1, "--epochs_net", 1, teacher=PAIR[0])
+    flags = ("--init", "teacher", "--epochs_block", 1, "--epochs_net", 1)
+    row = run("a", "--student", PAIR[1], *flags, teacher=PAIR[0])
     assert row["fold_difference"] < 1e-4 and row["params"] == 5279306 - 257 * 6  # 4 classes
     assert f"--arch {row['arch']}" in capsys.readouterr().out
     for arch in ("", f"{ROOT}/{row['arch']}"):
