@@ -2,7 +2,7 @@
 
 Why it works. A trained teacher T can be asked about any image, so a student S can learn from images
 that a generator G makes. Noise would teach little: G must make images that look real to T and on
-which S still errs. They look real when T is sure of each, when all classes occur, and when the
+which S is least like T. They look real when T is sure of each, when all classes occur, and when the
 statistics inside T are those that its batch norms stored in training. AdaDFKD adds relations. For
 each image, T's feature should be close to S's feature of the same image and far from S's features
 of earlier images. Which earlier ones count is a ring that slides over the epochs: first those that
@@ -10,23 +10,26 @@ are unlike the image, an easy comparison, at last those that are most alike, a h
 weighs its own loss: what is far above a threshold hardly counts, and the threshold rises.
 
 Each epoch, ep_steps // kd_steps times
-  1. g_steps times: z ~ N(0, 1), x = G(z), t = T(x), s = S(x), T and S frozen, in eval mode;
-     f_t, f_s are the features before the classifier. One Adam step of G on
+  1. g_steps times: z ~ N(0, 1), x = G(z) in [0, 1], normalised for T and S, which are frozen, in
+     eval mode; t = T(x), s = S(x), f_t, f_s the features before the classifier. One Adam step of G
      L_G   = lmda_ent*H_T - balance*H_1 + oh*L_oh + act*L_act + bn*L_bn + adv*L_adv + hard*L_rel (1)
      H_T   = -sum_c p_c log p_c, p = batch mean of softmax(t / T); lmda_ent < 0: all classes     (2)
      L_oh  = CE(t, argmax t),  L_act = -mean |f_t|                                               (3)
-     L_bn  = sum over T's batch norms of |mean - running mean| + |var - running var|, 2-norms    (4)
+     L_bn  = sum over T's batch norms of |mean - running mean| + |biased var - running var|, of
+             their inputs, 2-norms                                                               (4)
      L_adv = -mean_i [argmax s_i = argmax t_i] 9 KL(softmax(t_i/3) || softmax(s_i/3))            (5)
+             (adv_type masked; kl: without [.]; kd: minus eq. (8); js, js_cu: CuDFKD, ADI)
      L_rel = mean_i -log softmax([a_i.k_i, ring_i] / tau)_0,  a = f_t/|f_t|, k = f_s/|f_s|       (6)
      ring_i: a_i's products with a queue of the last N_neg keys k, in ascending order, from
-             h*N_neg to (h + length)*N_neg; h slides from 0 (easy) to 1 - length (hard)          (7)
+             h*N_neg to (h + length)*N_neg, rounded down; h: 0 (easy) to 1 - length (hard),
+             linear from begin_fraction to end_fraction of the epochs                            (7)
      The keys carry no gradient; afterwards they take the place of the oldest ones in the queue.
   2. kd_steps times: new images of G, now in eval mode; one SGD step of S, in train mode, on
      l_i   = kd_i + s_nce*L_nce,  kd = T^2 KL(softmax(t/T) || softmax(s/T)), or mean |s - t|     (8)
      L_nce = mean_i -log softmax(F_t F_s' / tau)_ii   rows of unit features, T's the anchors     (9)
      L_S   = mean_i v_i l_i,  v = (1 + e^-lam) / (1 + e^(l - lam)) without gradient             (10)
      lam   = lambda_0 + rate * (student steps so far),  rate 1e-4 for CIFAR-10, else 2e-5       (11)
-  3. adv grows by grad_adv an epoch between begin_fraction and end_fraction of the epochs       (12)
+After each epoch: adv += grad_adv, from begin_fraction of the epochs on until end_fraction      (12)
 
 Baselines are the same loop with other terms: --preset cudfkd, dafl, zskt, dfq. adi (DeepInversion)
 and cmi make their images in their own way, eqs. (13) - (15): see the end of the file.
@@ -38,8 +41,8 @@ Deviations from the published code
   D1 the result is the last epoch, the best test epoch beside it; its is the best of many runs
   D2 its queue asserts N_neg % batch = 0, which its own example breaks; here the write wraps around
   D3 its --curr_option none drops L_nce too; here it stays
-  D4 kept: f_s of another width than f_t goes through a random linear map, new at every call
-  D5 kept: v is one number for a batch (curr_level batch) or one for an image, as each row had it
+  D4 kept: f_s is mapped to f_t's width by a random linear layer, new at every call, then to unit
+  D5 kept: curr_level batch: l is the mean, one v; sample: one v_i an image, as each row had it
   D6 pools of images are a ring of 51,200 on the device, drawn with replacement, not files
   D7 a local view of CMI that does not fit is cut to the image, not drawn again
 
@@ -568,7 +571,10 @@ def fresh_batches(generator, z, scene):
     """
     amp = scene.args.amp
     batch_size = z.shape[1]
-    at_once = 1 if z.device.type == "cpu" else max(1, 2048 // batch_size)
+    at_once = 1
+    if z.device.type != "cpu":
+        pixels = batch_size * scene.data.image_size ** 2
+        at_once = max(1, 2 ** 21 // pixels)  # 2,048 images of 32 pixels: memory
     for part in z.split(at_once):
         with autocast(z.device, amp):
             x = generator(part.flatten(0, 1))

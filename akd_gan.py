@@ -128,7 +128,7 @@ PRESETS = {
     "small_official": {"*": {**SMALL, "epoch_itrs": 17}},
     "demo": {"*": dict(
         STRONG, dataset="shapes", teacher="resnet20", student="resnet8", epochs=8, epoch_itrs=14,
-        kd_steps=8, batch_size=32, ngf=16, lr=0.05, adv=0.5)},
+        kd_steps=8, batch_size=32, ngf=16, lr=0.05, T=4.0, adv=0.5)},
     "smoke": {"*": dict(
         smoke=True, dataset="shapes", teacher="resnet8", student="resnet8,resnet14", epochs=1,
         epoch_itrs=2, kd_steps=2, batch_size=32, ngf=16, log_every=1)},

@@ -7,8 +7,7 @@ images are close, which classes are spread out. GDA aligns the batches as wholes
 student's and the teacher's predictions as two clouds of points and asks what it costs to carry one
 into the other (optimal transport, made smooth by Sinkhorn's rounds). Logits are standardised first,
 so that only their pattern counts; what that takes away, their mean and spread, a second term aligns
-image by image (Fisher-Rao distance of two normal distributions). It works from large to small
-networks and from weak to strong ones.
+image by image (Fisher-Rao distance of two normal distributions).
 
 Task 1, classification. Each step
   1. takes G groups of b images, cropped and flipped at random
@@ -22,27 +21,29 @@ Task 1, classification. Each step
               g, h: std of the raw logits s_i, t_i over the classes; d: difference of their means
        GDA  = fr FR + sk SK                     gradient through W, P and all rounds            (6)
        KL_i = T^2 KL(softmax(t_i/T) || softmax(s_i/T))                                          (7)
-       DKD  = alpha TCKD + beta NCKD            (target, rest), and all without the target      (8)
+       DKD  = T^2 (alpha TCKD + beta NCKD)      KL of (target, rest); of all but the target     (8)
        a    = theta r,  r = min(epoch / (rate E), 1)    own(i) = CE(s_i, argmax s_i)            (9)
-       a_i  = sigmoid((own(i) - CE(s_i, argmax t_i)) / theta)                                  (10)
+       a_i  = sigmoid((own(i) - CE(s_i, argmax t_i)) / theta)      a constant: no gradient     (10)
        loss = gamma CE(s, y) + kd + align                                                      (11)
          kd         delta mean KL_i + GDA
          dkd        delta DKD + sk SK
          augconf    delta ((1-a) mean KL_i + GDA)       align = delta a mean own(i)
          adaptconf  delta (mean (1-a_i) KL_i + GDA)     align = delta mean a_i own(i)
-  3. moves the student by SGD
+  3. moves the student by SGD: Nesterov 0.9, no decay on biases and batch norm, rate set each epoch
+     by a linear warm-up and a cosine (recipe v0; native: mdistiller's, falls by 10 three times)
 Task 2, few-shot learning: learn base classes, then tell new ones apart by 1 or 5 images of each
   fs_classifier  backbone and linear head learn the base classes
-  fs_meta        from a plain classifier on: episodes of `way` base classes, their logits are
-                 tau cos(query feature, mean feature of the class's shots), tau is learned     (12)
-       loss = CE + w (kd + align), epochs from 1, G0 = GDA(0.1, 0.0008)                        (13)
+  fs_meta        starts from a plain classifier; episodes of `way` base classes, the queries of a
+                 step are one cloud; logits tau cos(query, mean of class shots), tau learned   (12)
+       loss = CE + w (kd + align) of both, epoch from 1, G0 = GDA with fr 0.1, sk 0.0008       (13)
          kd         mean KL_i + GDA                     dkd  (1-a) DKD + GDA
          augconf    (1-a) (mean KL_i + G0) + GDA        align = a mean own(i)
          adaptconf  mean (1-r a_i) (KL_i + C G0) + GDA  align = mean r a_i own(i)
   fs_test        8,000 episodes of new classes (the other two end with it)
 
-Symbols     gamma gt_loss_weight, delta and w kd_loss_weight, fr, sk fisher_rao_lamda,
-            sinkhorn_lamda, theta and rate superalignment_*, G virtual_gpus, b batch_size, tau temp
+Symbols     C classes, E epochs, epoch from 0, gamma gt_loss_weight, delta and w kd_loss_weight,
+            alpha, beta dkd_*, fr, sk fisher_rao_lamda, sinkhorn_lamda (D2), theta and rate
+            superalignment_*, G virtual_gpus, b batch_size, tau temp; kd ... are --distiller
 Deviations  D1 the result is the last epoch; published: the best on test (classifiers: held-out)
             D2 in groups of b images sk is multiplied by 128 / b; few-shot: as it is
             D3 crops by grid_sample: bits, edges and bicubic weights differ from Pillow's

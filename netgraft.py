@@ -7,7 +7,7 @@ frozen blocks before it hand it good inputs, the frozen blocks behind it judge w
 them, for the logits of the grafted teacher shall be those of the teacher as it was. No label is
 needed. A block that has learned to live among the teacher's blocks is a good start for a life among
 other student blocks; so the first two are joined and tuned together, then the first three, until
-nothing of the teacher is left but the leading blocks, which both networks share.
+nothing of the teacher is left but what both networks share.
 
 Paper    Shen et al., "Progressive Network Grafting for Few-Shot Knowledge Distillation", AAAI 2021,
          arXiv 2012.04915
@@ -19,21 +19,26 @@ architecture are shared and frozen, a head of the same shape too. Of each other 
 a graft G_b = e_b . S_b . a_b; a_b, e_b are 1x1 convs from the teacher's width to the student's and
 back where the two differ (VGG16). t = B_N .. B_0 (x) are the logits of the untouched teacher.
   0. with --init teacher (not in the paper), grafts begin with weights of the teacher: the channels
-     u of a layer that are strongest on the images; the next layer (W, b) makes up for the others by
-     least squares:    x ~ R u + r,   W' = W R,   b' = b + sum over taps of W r                  (1)
+     u of a layer's output h with the largest mean square behind a ReLU on the images; the next layer
+     (W, b) makes up for the others by least squares over images and pixels, borders ignored:
+       h ~ R u + r,   W' = W R for each tap,   b' = b + sum over taps of W r                     (1)
   1. for each b alone, G_b takes the place of B_b. Every epoch, in shuffled batches: crop and flip
-     each image at random, s = the logits of the grafted teacher, one Adam step of G_b on
-       L = sum_n | s_n / |s_n| - t_n / |t_n| |^2       sum over images and classes               (2)
+     each image at random, s = the logits of the grafted teacher (only G_b in train mode), one Adam
+     step of G_b on
+       L = sum_n | s_n / |s_n| - t_n / |t_n| |^2      over images and classes, |.| >= 1e-12     (2)
        L = mean_nc (s_nc - t_nc)^2                     --no_norm_loss                            (3)
-  2. the same with the first 2, 3 ... grafts in place, a new Adam for all of them, rate lr_net
-  3. VGG16: fold the 1x1 convs into what comes behind them. Two meet at a cut:
+  2. the same with the first 2, 3 ... grafts in place, as they were left, a new Adam for all of
+     them, rate lr_net
+  3. VGG16: fold the 1x1 convs into what comes behind them. At a cut e_b = (E, b_e) and the next
+     a = (A, b_a) meet, nothing between them:
        u -> P u + c,   P = A E,   c = A b_e + b_a                                                (4)
-     The conv (W, b) behind them has a zero padding that knows no c, so its bias depends on the place
-       W'[o, :] = sum_i W[o, i] P[i, :],   bias_map = conv(zero-padded constant image c, W) + b  (5)
-     and the last pair becomes one Linear together with the student's two.
+     The conv (W, b) behind them pads with zeros, not with c, so its bias depends on the place
+       W'[o, j] = sum_i W[o, i] P[i, j] for each tap,   bias_map = conv(image of c, W) + b       (5)
+     and the last pair and the student's two Linears behind it become one Linear.
 
-Symbols  B_b -> t_blocks[b], counted from the first replaced one; S_b, a_b, e_b -> block, t2s, s2t of
-         scion[b]; s, t -> s_logits, t_logits; rates and batch size: values of 10 shots, times K / 10
+Symbols  B_b -> t_blocks[b], counted from the first replaced one; S_b, a_b, e_b -> block, t2s, s2t
+         of scion[b]; s, t -> s_logits, t_logits. Rates of step 1 (lr_block, lr_t2s, lr_s2t) are
+         those of 10 shots and grow by K / 10, the batch is floor(64 K / 10), lr_net stays
 
 Deviations from the published code
   D1 the published number is the best test epoch of the last phase; here the result is the last
@@ -41,8 +46,8 @@ Deviations from the published code
   D2 it saves the grafts alone, with their 1x1 convs; student.pt is a complete network without them
   D3 a lone last image joins the batch before it (no published schedule leaves one)
 
-Measured, CIFAR-10, last epoch, one CPU core; n seeds. Our VGG16 teacher has 89.03 (the published one
-92.83, its student 92.89 at 10 shots), 6 minutes with --eval_every 10:
+Measured, CIFAR-10, last epoch, one CPU core; n seeds. Our VGG16 teacher has 89.03 (the published
+one 92.83, its student 92.89 at 10 shots), 6 minutes with --eval_every 10:
   shots 1: 50.51 +- 0.69, 5: 78.26 +- 0.75, 10: 83.36 +- 0.31, 50: 85.55 +- 0.44           (n = 3)
   10 shots, seed 0: 83.27; with --preset recover 88.26                                     (n = 1)
   resnet20 (91.73) -> resnet8: laptop 24.50 +- 0.53, laptop_recover 50.04 +- 0.30          (n = 2)

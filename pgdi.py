@@ -6,7 +6,7 @@ whose activations match them looks to the teacher like a training image; the sea
 is called inversion. A generator that starts from what its earlier searches found (meta-learning)
 needs ten steps where a search from noise needs thousands. Images found so drift to what is easy
 for the teacher; the few real ones hold them back, since features and logits of both shall be alike.
-They also look for what the student gets wrong (hence the minus in eq. 5). All images gather in a
+The search also wants what the student gets wrong (the minus in eq. 5). All images gather in a
 pool. From it and from the real images the student learns, in the beginning mostly from the latter.
 
 PGDI: J. Wang, "Prior-Guided Deep Inversion for Few-Shot Knowledge Distillation". Its parent, here
@@ -16,30 +16,31 @@ Once, T sees the shots: logits l_s, features f_s (channel means of the input of 
 side), and p_c = mean over the shots of class c of softmax(l_s / 2). T is frozen, in eval mode.
 Each epoch, counted from 0:
   1. copy the generator G into F; draw z ~ N(0, 1) and classes y
-  2. take g_steps Adam steps on F and z, while S stands still in eval mode: x = F(z), v = random
-     crop and flip of x, normalised, t = T(v), s = S(v), m_c = number of images of class c
+  2. take g_steps steps of a new Adam on F (rate lr_g, train mode) and z (lr_z), S in eval mode:
+     x = F(z) in 0..1, v = random crop and flip, normalised, t = T(v), s = S(v), m_c: images of c
        L = bn L_bn + oh L_oh + adv L_adv + guidance_loss_w L_feat + logits_guidance_w L_log      (1)
        L_bn   = sum_l ||V_l - v_l|| + ||M_l - m_l||   l: batch norms of T, norm over channels    (2)
                 v_l, m_l: biased variance and mean of the layer's input; from the second epoch on
                 m_l <- (1 - bn_mmt) m_l + bn_mmt A_l, v_l alike; A_l: average of past epochs     (3)
        L_oh   = mean_i cross entropy of t_i and y_i                                              (4)
        L_adv  = -mean_i [argmax t_i = argmax s_i] KL(softmax t_i || softmax s_i)
-                no gradient into t (but with preset fast); from epoch warmup - 1 on              (5)
-       L_feat = sum_c m_c MMD_c / sum_c m_c           over the classes that have shots           (6)
+                no gradient into t (but with preset fast); from epoch warmup - 1, one before 4   (5)
+       L_feat = sum_c m_c MMD_c / sum_c m_c    D1; over the classes that have shots, (8) alike   (6)
        MMD_c  = max(0, mean k(x, x') + mean k(f, f') - 2 mean k(x, f)), over all pairs of class c;
-                the first two without x = x', f = f' if there are m_c shots and m_c > 1
-                k(a, b) = sum_s exp(-|a - b|^2 / 2 s^2), s in .1, 1, 5, 10, of features a, b     (7)
+                the first two without x = x', f = f' if class c has just m_c shots and m_c > 1
+                k(a, b) = sum_s exp(-|a - b|^2 / 2 s^2), s in .1, 1, 5, 10; x, f: features       (7)
        L_log  = mean_i 0.997 KL(p_y || softmax(t_i / 2)) + 0.003 min_s |t_i - l_s|^2, s of y     (8)
   3. put the x of the lowest L into the pool, as floor(255 x). A_l <- bn_mmt A_l + (1 - bn_mmt) m_l
      with the last step's m_l before (3), at first A_l = m_l. One Adam step of G, with the rate
      g_steps lr_g, along the sum of the g_steps gradients of F (first-order MAML)                (9)
   4. from epoch warmup on, kd_steps SGD steps of S in train mode, on a batch of the pool (crop and
-     flip) and R shots (as they are) in one forward pass, each part with its own mean
+     flip) and R shots (as they are, classes in balance) in one pass, each part with its own mean
        L_kd = alpha mean KL_real + (1 - alpha) mean KL_pool, KL = T^2 KL(p_T || p_S) at T = 20  (10)
-       alpha and R fall by a cosine until mixed_distill_stop_epoch                              (11)
+       alpha, R = b + (a - b) (1 + cos(pi epoch / E)) / 2, b from E on; R floor, at most shots  (11)
+       rate of S: .001 lr + .999 lr (1 + cos(pi (epoch - warmup) / lr_tmax)) / 2
 
 Symbols: T teacher (in eq. 10 args.T), S student, G generator, F fast, y targets, R n_real, x', f'
-other images, shots; (M_l, V_l) running, (m_l, v_l) now, A_l average, f_s, l_s shots.feat, .logits
+others; a, b: _initial, _final_stage; E mixed_distill_stop_epoch; betas of both Adams .5, .999
 
 Deviations from the published code:
   D1 its features carry no gradient, so eq. (6) only sways which x is kept; the same here, but
@@ -50,7 +51,7 @@ Deviations from the published code:
 Measured, top-1 of the last epoch: CIFAR-10, 10 shots, ResNet-20 (91.73) -> WRN-16-1, n = 1 each:
   small 74.04, small_fast 68.48, small_script 45.66, small_fewshot_kd 32.17; shapes, 5 shots, mean
   and std of n = 3: demo 84.67 +- 9.35, demo_fewshot_kd 16.43 +- 7.38. Published rows: not run
-  (there PGDI lies below fast in two cells, WRN-40-2 -> WRN-16-1: CIFAR-10 89.15 with 10 shots to
+  (there PGDI lies below fast in three cells, WRN-40-2 -> WRN-16-1: CIFAR-10 89.15 with 10 shots to
   89.29, CIFAR-100 53.65 and 53.97 with 5 and 10 shots to 54.02)
 
   python pgdi.py --smoke                              # the whole pipeline, no download

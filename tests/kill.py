@@ -21,12 +21,12 @@ LONG = (
     "tests/toy.py --smoke --epochs 12 --save_every 1 --log_every 1 --amp bf16",
     "common.py train --dataset shapes --arch resnet8 --limit_train 2000 --epochs 12 --save_every 1 "
     "--log_every 5",
-    "pgdi.py --smoke --epochs 14 --ep_steps 8 --kd_steps 8 --save_every 1 --log_every 1",
+    "pgdi.py --smoke --epochs 14 --kd_steps 8 --save_every 1 --log_every 1",
     "netgraft.py --preset demo --save_every 10",
     "akd_gan.py --smoke --epochs 24 --epoch_itrs 4 --save_every 1 --log_every 1",
     "adadfkd.py --smoke --epochs 30 --ep_steps 16 --kd_steps 4 --save_every 1 --log_every 1",
     "gda_kd.py --preset demo --save_every 1",
-    "gda_kd.py --smoke --task fewshot --epochs 8 --meta_epochs 4 --save_every 1")
+    "gda_kd.py --preset fs_meta --smoke --epochs 8 --save_every 1")
 DIFFERENT = ("seconds", "peak_mb", "typed")  # of two equal runs, in result.json
 
 

@@ -231,8 +231,9 @@ def meta_steps(p):
 def netgraft_steps(p):
     import netgraft
     args = p.args
-    pair = netgraft.match(p.teacher, p.student, 32)
-    shapes = netgraft.shapes_at_cuts([pair.prefix, *pair.t_blocks], 32)[1:]
+    with netgraft.autocast(p.device, args.amp):
+        pair = netgraft.match(p.teacher, p.student, 32)
+        shapes = netgraft.shapes_at_cuts([pair.prefix, *pair.t_blocks], 32)[1:]
     steps = []
     for phase in netgraft.make_phases(pair.scion, args, 10):
         net = pair.grafted(phase.first, phase.stop)

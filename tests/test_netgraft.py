@@ -1,5 +1,6 @@
 """Tests of netgraft.py. The golden ones take sizes, seeds and cases from the file in GOLDEN_DIR."""
 import copy
+import json
 import zlib
 from functools import cache
 from pathlib import Path
