@@ -3,7 +3,7 @@
 Why it works. A teacher answers any image, not only those it was trained on; what is missing is a
 set of images worth asking about. A generator makes them: it is trained to find images on which the
 student does not yet answer like the teacher, and the student is trained to answer like the teacher
-on whatever it is shown. So the loss of the one is minus the loss of the other. Where the two
+on whatever it is shown: what the one minimises the other maximises. Where the two
 networks agree the generator has nothing to gain and moves on, until they agree wherever it can
 reach. Its weak spot: nothing asks it for anything like a real image, and one texture on which the
 teacher is erratic is enough to win. Preset `strong` therefore also asks for images whose layer
@@ -12,27 +12,29 @@ and which spread evenly over all classes.
 
 Project  "Adversarial Knowledge Distillation with GANs, CIFAR-100" (no paper). Its loop is that of
          Fang et al., "Data-Free Adversarial Distillation" (DFAD), arXiv 1912.11006.
-Data     none; test images only for the scores. G makes images as the teacher sees them, normalised.
+Data     none; test images only for the scores. G makes images in the teacher's normalised units.
 
 Each epoch, for one student after the other, epoch_itrs rounds of
   1. kd_steps fresh batches z ~ N(0, 1), x = G(z), and on each one SGD step of the student S on
        L_S   = D(S(x), T(x))                         no gradient into G and T                 (1)
        D     = mean_nc |s_nc - t_nc|                 l1: over batch and classes               (2)
-       D     = T^2 KL(p_T || p_S)                    kl: softmax at T, mean over the batch    (3)
+       D     = tau^2 KL(p_t || p_s)                  kl: softmax at tau, mean over the batch  (3)
   2. one more batch z, x = G(z), and one Adam step of the generator G on
        L_G   = adv*L_adv + bn*L_bn + oh*L_oh + balance*L_bal                                  (4)
        L_adv = -D(S(x), T(x))                        gradient through S and T into G          (5)
-       L_bn  = sum_l ||v_l - V_l||_2 + ||m_l - M_l||_2    l: batch norms of T, norms over C   (6)
+       L_bn  = sum_l (||v_l - V_l||_2 + ||m_l - M_l||_2)  l: batch norms of T, norms over C   (6)
        L_oh  = CE(t, argmax t)                       mean over the batch                      (7)
-       L_bal = sum_c p_c log p_c                     p = mean over the batch of softmax(t)    (8)
+       L_bal = sum_c p_c log p_c                     p = batch mean of softmax(t), 0 log 0 = 0 (8)
 T is frozen and in eval mode, G in train mode, S in train mode (strong: in eval mode in step 2).
 
-Symbols  S, T, G -> student, teacher, generator (in eq. (3) T -> args.T); s, t -> s_logits, t_logits
-         m_l, v_l -> mean, var of a layer's input, biased; M_l, V_l -> running_mean, running_var
-Presets  official  eq. (2), 15 : 1, adv only, one G against both students; T sees x enlarged to 224
-                   pixels (bilinear, corners aligned)
-         dfad      DFAD: T at 32 pixels, a G for each student, 5 : 1, rates that fall
-         strong    dfad with eq. (3), 10 : 1, a cosine rate, and bn, oh, balance as in DFQ
+Symbols  S, T, G -> student, teacher, generator; tau -> args.T; s, t -> s_logits, t_logits; m_l, v_l
+         -> mean, biased var of a layer's input over N, H, W; M_l, V_l -> running_mean, running_var
+Presets  official  eq. (2), kd_steps 15, adv only, constant rates, one G and one Adam against both
+                   students; T sees x enlarged to 224 pixels (bilinear, corners aligned)
+         dfad      DFAD: T at 32 pixels, a G for each student, kd_steps 5; both rates fall to a
+                   tenth at 20 and 40 % of the epochs, counted from 1
+         strong    dfad with eq. (3), tau 1, kd_steps 10, S's rate lr/2 (1 + cos(pi epoch/epochs)),
+                   G's constant; adv, bn, oh, balance = 1, 1, 1, 20, the losses of DFQ
          small, small_dfad, small_official   the same for CIFAR-10 and 25 minutes of one core
 
 Deviations from the published code
@@ -41,7 +43,7 @@ Deviations from the published code
      epoch, the best beside it. --test_split 0.2 0.1 adds its way of scoring
   D3 a missing teacher file gave it a random teacher; here one is trained
   D4 its networks are lost: G is DFAD's, the ResNets have the reported numbers of parameters
-  D5 equal numbers, less work: no graph of G in step 1, no gradient of S in step 2
+  D5 equal numbers, less work: no graph of G in step 1, no gradient of S's weights in step 2
 
 Published  CIFAR-100, T ResNet-34: resnet18 39.90, resnet18_small 20.00 (best epoch on a part of the
            test images); by DFAD's authors 67.7, with DFQ's losses (like strong) 77.01

@@ -19,7 +19,7 @@ architecture are shared and frozen, a head of the same shape too. Of each other 
 a graft G_b = e_b . S_b . a_b; a_b, e_b are 1x1 convs from the teacher's width to the student's and
 back where the two differ (VGG16). t = B_N .. B_0 (x) are the logits of the untouched teacher.
   0. with --init teacher (not in the paper), grafts begin with weights of the teacher: the channels
-     u of a layer's output h with the largest mean square behind a ReLU on the images; the next layer
+     u of a layer's output h with the largest mean square behind a ReLU; the next layer
      (W, b) makes up for the others by least squares over images and pixels, borders ignored:
        h ~ R u + r,   W' = W R for each tap,   b' = b + sum over taps of W r                     (1)
   1. for each b alone, G_b takes the place of B_b. Every epoch, in shuffled batches: crop and flip
