@@ -256,7 +256,8 @@ def cli(main, cls, presets=None, argv=None):
         print(f"\nstopped; {Run.how_to_go_on}", file=sys.stderr)
         raise SystemExit(143 if stopped_by else 130)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; try --amp bf16, or smaller batches (--help lists their flags)")
+        sizes = [f"--{f.name}" for f in fields(cls) if "batch_size" in f.name]
+        fail(f"out of GPU memory; try --amp bf16, or a smaller {' or '.join(sizes)}")
     except OSError as e:
         fail(f"{e}; check the path, its permissions and the space on the disk. {Run.how_to_go_on}")
 
@@ -1282,7 +1283,8 @@ def train_teacher(args, path=None, wrap=None):
     matrices = [p for p in net.parameters() if p.ndim > 1]
     vectors = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        groups, args.lr, 0.9, weight_decay=5e-4, nesterov=True, fused=run.device.type == "cuda")
     start = run.begin(data, None, student=net, optimizer=optimizer)
     n = len(data.train_x)
     batch_size = min(n, args.batch_size)

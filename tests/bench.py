@@ -121,7 +121,8 @@ def model(methods):
                 ms = 1e3 * costs.seconds / n
                 minutes += ms * step.times / 6e4
                 print(f"| {row}, {amp} | {step.name} x {step.times:,.0f} "
-                      f"| {costs.launches / n:,.0f} | {sum(costs.syncs.values()) / n:g} | {costs.flops / n / 1e9:,.1f} "
+                      f"| {costs.launches / n:,.0f} | {sum(costs.syncs.values()) / n:g} "
+                      f"| {costs.flops / n / 1e9:,.1f} "
                       f"| {costs.bytes / n / 1e6:,.0f} | {costs.largest / 1e6:,.0f} | {ms:.2f} | |",
                       flush=True)
             print(f"| **{row}, {amp}{' (default)' if amp == default else ''}** | all "

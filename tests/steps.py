@@ -56,7 +56,7 @@ def steps_of(method, words, device, amp, compiled=False):
     net = torch.compile(student) if compiled else student
     return STEPS[method](SimpleNamespace(
         args=args, data=data, rng=rng, teacher=teacher, student=student, net=net, device=device,
-        to=channels_last))
+        to=channels_last, fused=device.type == "cuda"))
 
 
 # ------------------------------------------------------------------------ the steps of each method
@@ -64,7 +64,8 @@ def steps_of(method, words, device, amp, compiled=False):
 def pgdi_steps(p):
     import pgdi
     args, data, C = p.args, p.data, p.data.num_classes
-    optimizer = torch.optim.SGD(p.student.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        p.student.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=p.fused)
     generator = pgdi.Generator(ngf=args.ngf, size=data.image_size).to(**p.to)
     meta = torch.optim.Adam(generator.parameters(), 1e-3, (0.5, 0.999))
     v = data.normalize(data.test_x[:args.shots * C])
@@ -117,9 +118,10 @@ def adadfkd_steps(p):
     args, data = p.args, p.data
     args.synthesis_batch_size = args.synthesis_batch_size or args.batch_size
     args.nz = args.nz or 16 * data.image_size
-    optimizer = torch.optim.SGD(p.student.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        p.student.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=p.fused)
     generator = adadfkd.build_generator(args, data)
-    adam = torch.optim.Adam(generator.parameters(), 1e-3, args.betas_g)
+    adam = torch.optim.Adam(generator.parameters(), 1e-3, args.betas_g, fused=p.fused)
     _, t_feat = adadfkd.look(p.teacher, data.normalize(data.test_x[:2]), args.amp)
     queue = adadfkd.new_queue(args.N_neg, t_feat.shape[1], p.rng)
     scene = adadfkd.Scene(p.teacher, p.student, data, p.rng, args)
