@@ -1262,7 +1262,7 @@ class TrainArgs(RunArgs):
     """Train a network on all labelled images, by a short recipe: rate up and down, crop, flip."""
     dataset: str = flag("cifar10", "cifar10, cifar100, tiny_imagenet, shapes, or your own folder")
     arch: str = flag("resnet20", "network: a name in MODELS, or file.py:callable")
-    epochs: int = flag(0, "0 = 60, cifar100 100, shapes 4")
+    epochs: int = flag(0, "0 = 60, cifar100 100, shapes 3")
     batch_size: int = flag(128, "images per step", low=1)
     lr: float = flag(0.0, "peak rate; 0 = 0.1, VGG and networks without batch norm 0.05")
 
@@ -1276,7 +1276,7 @@ def train_teacher(args, path=None, wrap=None):
     net.to(run.device, memory_format=torch.channels_last)
     model = wrap(net) if wrap else net
     normed = any(has_statistics(m) for m in net.modules())
-    args.epochs = args.epochs or {"cifar100": 100, "shapes": 4}.get(data.name, 60)
+    args.epochs = args.epochs or {"cifar100": 100, "shapes": 3}.get(data.name, 60)
     args.lr = args.lr or (0.1 if normed and "vgg" not in args.arch else 0.05)
     max_norm = math.inf if normed else 1.0  # of the gradient
     forward = torch.compile(model) if args.compile else model

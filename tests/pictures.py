@@ -20,16 +20,18 @@ sys.path.insert(0, str(ROOT))
 CELL, GAP, NAME = 64, 2, 150  # a picture, the line between two, the column of names
 
 
-def cells(path, columns):
-    """The pictures of a grid of save_grid, row by row; with words below them or without."""
+def cells(path, columns, first_column):
+    """Some pictures of a grid of save_grid, from a column on; with words below them or without."""
     sheet = Image.open(path).convert("RGB")
     height = CELL + GAP
     if (sheet.height - GAP) % height:
         height = CELL + 14
     pictures = []
     for top in range(GAP, sheet.height - CELL + 1, height):
-        for left in range(GAP, sheet.width - CELL + 1, CELL + GAP):
-            pictures.append(sheet.crop((left, top, left + CELL, top + CELL)))
+        for left in range(GAP + first_column * (CELL + GAP), sheet.width - CELL + 1, CELL + GAP):
+            picture = sheet.crop((left, top, left + CELL, top + CELL))
+            if picture.getbbox():  # not all black, which is a free place
+                pictures.append(picture)
     spread = np.linspace(0, len(pictures) - 1, columns).astype(int)
     return [pictures[i] for i in spread]
 
@@ -54,7 +56,8 @@ def images(words):
         config = json.loads((run / "config.json").read_text())
         newest = max((run / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
         name = f"{config['method']} {config['args']['preset']}"
-        rows.append((name, cells(newest, args.columns)))
+        shots = config["args"]["shots"] if config["method"] == "pgdi" else 0  # stand on the left
+        rows.append((name, cells(newest, args.columns, min(5, shots))))
     dataset = config["args"]["dataset"]
     rows.insert(0, (f"{dataset}, real", real_images(dataset, args.data_dir, args.columns)))
     step = CELL + GAP
