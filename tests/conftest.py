@@ -4,6 +4,7 @@
   TEST_CUDA=1 pytest tests              # everything, with the GPU in sight
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 sys.dont_write_bytecode = True  # nor do the processes that tests start
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # for them too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, for all of them
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 
