@@ -49,8 +49,8 @@ Deviations from the published code:
   D3 it reports the best test epoch; here the last one, with the best beside it
 
 Measured, top-1 of the last epoch: CIFAR-10, 10 shots, ResNet-20 (91.73) -> WRN-16-1, n = 1 each:
-  small 74.04, small_fast 68.48, small_script 45.66, small_fewshot_kd 32.17; shapes, 5 shots, mean
-  and std of n = 3: demo 84.67 +- 9.35, demo_fewshot_kd 16.43 +- 7.38. Published rows: not run
+  small 74.04, small_fast 68.48, small_script 45.66, small_fewshot_kd 32.17; shapes, 5 shots,
+  n = 1: demo 93.6, demo_fewshot_kd 22.0. Published rows: not run
   (there PGDI lies below fast in three cells, WRN-40-2 -> WRN-16-1: CIFAR-10 89.15 with 10 shots to
   89.29, CIFAR-100 53.65 and 53.97 with 5 and 10 shots to 54.02)
 
