@@ -49,8 +49,8 @@ Deviations from the published code
 Measured: CIFAR-10, ResNet-20 (91.73 %) -> WRN-16-1, preset small, one seed each (n = 1, so without
 a standard error): 67.65 %; without balance 63.32, without L_adv too 58.00. small_dfq, which has no
 relations, 69.87; small_cudfkd 59.47, small_cmi 33.15, small_dafl 18.65, small_adi 18.01, small_zskt
-11.60. Preset demo, on shapes: 76.6 (n = 1). Published: CIFAR-100 WRN-40-2 -> WRN-16-2 67.54, which is
-the largest of 42 runs (their mean: 66.79).
+11.60. Preset demo, on shapes: 76.6 (n = 1). Published: CIFAR-100 WRN-40-2 -> WRN-16-2 67.54, the
+largest of 42 runs (their mean: 66.79).
 
   python adadfkd.py --smoke                                 # the whole pipeline in a minute
   python adadfkd.py                                         # CIFAR-100, WRN-40-2 -> WRN-16-2
