@@ -441,13 +441,18 @@ def test_mask_of_the_adversarial_term():
 
 
 def test_minus_j_is_not_clamped():
-    """Correction 5: with 100 classes J is below 0 for near equal networks; -J has a gradient."""
+    """Correction 5: with 100 classes J is below 0 for near equal networks; -J keeps its gradient."""
     torch.manual_seed(0)
     s = torch.randn(8, 100, requires_grad=True)
-    loss = adadfkd.adv_loss(s, s.detach() + 0.1 * torch.randn(8, 100), "js_cu")
-    assert loss > 0
-    assert torch.autograd.grad(adadfkd.adv_loss(s, 3 * s.detach(), "js_cu"), s)[0].any()
-    assert adadfkd.adv_loss(s, s, "js") == 1  # AdaDFKD's is
+    t = s.detach() + 0.1 * torch.randn(8, 100)
+    p, q = (torch.softmax(x / 3, 1).detach().double().numpy() for x in (s, t))
+    m = np.clip((p + q) / 2, 0.01, 0.99)
+    p, q = np.clip(p, 0.01, 0.99), np.clip(q, 0.01, 0.99)
+    j = (m * np.log(m / p) + m * np.log(m / q)).sum() / 2 / len(p)
+    near(adadfkd.adv_loss(s, t, "js_cu"), -j, 1e-4, 1e-9)
+    shifted = adadfkd.adv_loss(s, 3 * t, "js_cu")
+    assert torch.autograd.grad(shifted, s)[0].abs().sum() > 0
+    assert adadfkd.adv_loss(s, s, "js") == 1
 
 
 @pytest.mark.parametrize("level", ("batch", "sample"))
@@ -670,3 +675,74 @@ def test_wrong_values_are_named(flags, word, capsys):
         adadfkd.main(parse("--smoke", *flags))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and word in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ("curr_log", "none"))
+@pytest.mark.parametrize("level", ("batch", "sample"))
+def test_student_loss_by_hand(option, level):
+    """Correction 4: each row of l has the batch mean of L_nce; D3: without v too."""
+    scene = scene_of(BASIC, loss="l1", s_nce=0.3, tau=0.5, curr_option=option, curr_level=level)
+    student = scene.student.train().requires_grad_(True)
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 32, 32)
+    t_logits = 3 * torch.randn(6, STEP["classes"])
+    with torch.no_grad():
+        s_logits, s_feat = common.with_features(copy.deepcopy(student), x)
+    t_feat = torch.randn_like(s_feat)
+    sgd = torch.optim.SGD(student.parameters(), 0.0)
+    terms = adadfkd.student_step(student, sgd, (x, t_logits, t_feat), 2.0, scene)
+    a = t_feat.double() / t_feat.double().norm(dim=1, keepdim=True)
+    b = s_feat.double() / s_feat.double().norm(dim=1, keepdim=True)
+    logits = (a @ b.T / 0.5).numpy()
+    nce = (np.log(np.exp(logits).sum(1)) - np.diag(logits)).mean()
+    rows = (s_logits - t_logits).abs().double().mean(1).numpy() + 0.3 * nce
+    if level == "batch":
+        rows = rows.mean(keepdims=True)
+    v = np.ones_like(rows)
+    if option == "curr_log":
+        v = (1 + np.exp(-2.0)) / (1 + np.exp(rows - 2.0))
+    near(terms["loss"], (v * rows).mean(), 1e-5)
+    near(terms["nce"], nce, 1e-5)
+    near(terms["v"], v.mean(), 1e-5)
+    near(terms["difficulty"], (v * rows).sum() / v.sum(), 1e-5)
+
+
+def test_local_view_is_a_bilinear_crop():
+    """Against torch's grid_sample, from the same draws."""
+    data = own_data()
+    x = torch.rand(16, 3, 32, 32, generator=rng())
+    ours = adadfkd.local_view(x, data, rng(1))
+    u = torch.rand(5, 16, generator=rng(1))
+    area = 0.25 + 0.75 * u[0]
+    aspect = (4 / 3) ** (2 * u[1] - 1)
+    height = (area / aspect).sqrt().clamp(max=1)
+    width = (area * aspect).sqrt().clamp(max=1)
+    theta = torch.zeros(16, 2, 3)
+    theta[:, 0, 0] = torch.where(u[4] < 0.5, -width, width)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * (2 * u[3] - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * u[2] - 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    close(ours, data.normalize(F.grid_sample(x, grid, padding_mode="border", align_corners=False)), 1e-5)
+
+
+def test_cmi_keeps_the_best_images(monkeypatch):
+    scene = scene_of(BASIC, g_steps=3, bn=0.0, oh=0.0, adv=0.0, cr=1.0, nz=16, ngf=8)
+    totals = iter((3.0, 1.0, 2.0))
+    seen = []
+
+    def view(x, data, rng):
+        seen.append(x.detach())
+        return data.normalize(x)
+
+    monkeypatch.setattr(adadfkd, "local_view", view)
+    monkeypatch.setattr(adadfkd, "contrast_loss", lambda *more: torch.tensor(next(totals)))
+    contrast = adadfkd.make_contrast(scene.args, scene.data, scene.teacher)
+    images, made = adadfkd.make_images_cmi(torch.randn(4, 16), torch.zeros(4).long(), contrast, scene)
+    assert torch.equal(images, seen[1]) and (made["g_first"], made["g_last"]) == (3, 2)
+    assert contrast.bank.rows().shape[:2] == (4, 2)
+
+
+def test_student_that_stands_still_is_named(smoke, capsys):
+    smoke("--epochs", "1", "--s_nce", "100", "--run_name", "frozen")
+    assert "the student stands still" in capsys.readouterr().out

@@ -808,3 +808,31 @@ def test_processes_compute_what_groups_compute(script, data_dir):
     one, two = (torch.load(f"runs/{name}/student.pt", weights_only=True) for name in ("one", "two"))
     assert all((two[key] - one[key]).abs().max() < 1e-5 for key in one)
     assert len(metrics("runs/one")) == len(metrics("runs/two"))
+
+
+def test_a_plan_carries_all_mass_and_groups_are_averaged():
+    s, t = logits(3, 24, 10), logits(3, 24, 10, seed=1)
+    P = gda_kd.transport_plan(gda_kd.cost_matrix(s, t))
+    close(P.sum(1), np.ones((3, 24)), 1e-6)  # columns were scaled last
+    alone = [gda_kd.sinkhorn_loss(s[g], t[g]) for g in range(3)]
+    close(gda_kd.sinkhorn_loss(s, t), sum(alone) / 3, 1e-6)
+
+
+def test_the_last_smaller_batch_counts_in_native_only(script):
+    """300 images: five batches of 64 (native), two of 2 x 64 (v0)."""
+    for name, steps in (("native", 5), ("v0", 2)):
+        script(*RUNS[name], "--epochs", "1", "--run_name", name)
+        assert len([row for row in metrics(f"runs/{name}") if "loss" in row]) == steps
+
+
+def test_meta_starts_from_the_plain_classifier_and_leaves_the_teacher_alone(script, data_dir):
+    script(*RUNS["meta"], "--lr", "0", "--run_name", "a")
+    path, = Path(data_dir, "teachers").glob("shapes_resnet8_classifier_1_epochs_of_300.pt")
+    before = torch.load(path, weights_only=True)
+    after = torch.load("runs/a/student.pt", weights_only=True)
+    assert all(torch.equal(before[key], after[key]) for key in before if "running" not in key)
+
+
+def test_a_stray_rank_is_ignored(monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    assert gda_kd.start_processes(Args()) == (0, 1)
