@@ -486,3 +486,11 @@ def test_a_wrong_value_is_one_sentence(folder, words, named, capsys):
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.count("\n") == 1
     assert not (folder / "runs").exists()
+
+
+def test_rates_that_no_golden_array_holds():
+    official = parse("--preset", "official")
+    assert {akd_gan.rates(epoch, official) for epoch in range(100)} == {(0.01, 1e-3)}
+    small = parse("--preset", "small_dfad")  # falls at the 18th and the 25th epoch
+    lrs_g = [akd_gan.rates(epoch, small)[1] for epoch in (16, 17, 23, 24)]
+    assert lrs_g == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])

@@ -504,3 +504,55 @@ def test_smoke(tmp_path, monkeypatch, data_dir):
     netgraft.main(parse("--smoke", "--data_dir", data_dir, "--run_name", "a"))
     assert 0 < json.loads(Path("runs/a/result.json").read_text())[0]["last"] <= 100
     assert Path("runs/a/samples/shots.png").stat().st_size > 500
+
+
+def test_what_is_typed_wins():
+    args = parse("--dataset", "cifar100", "--lr_block", 1e-2, "--epochs_net", 3, 4, "--nshot", 5)
+    assert (args.lr_block, args.epochs_net, args.shots) == ((1e-2,), (3, 4), 5)
+    assert args.lr_t2s == CIFAR100["lr_t2s"]
+
+
+def test_loss_sees_directions_only():
+    s, t = torch.randn(5, 7), torch.randn(5, 7)
+    loss = netgraft.norm_mse(s, t)
+    close(netgraft.norm_mse(3 * s, t), loss, 1e-5)
+    close(loss, 2 * (1 - F.cosine_similarity(s, t)).sum(), 1e-5)
+    assert netgraft.norm_mse(2 * t, t) < 1e-9
+
+
+@torch.no_grad()
+def test_folded_student_is_smaller_and_the_same():
+    torch.manual_seed(0)
+    teacher, student = (common.build_model(name, 10) for name in PAIR)
+    pair = netgraft.match(teacher.eval(), student, 32)
+    for p in pair.scion.parameters():
+        nn.init.normal_(p, std=0.05)
+    unfolded, x = nn.Sequential(pair.prefix, *pair.scion), torch.rand(16, 3, 32, 32)
+    folded = netgraft.fold_student(pair)
+    close(folded(x), unfolded(x), 1e-5)
+    sizes = [common.count_params_macs(net, 32) for net in (teacher, unfolded, folded)]
+    assert [(params, round(macs / 1e6, 2)) for params, macs in sizes] == [
+        (14983498, 313.46), (5938506, 227.35), (5279306, 225.91)]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_channels_that_never_fire_cost_nothing():
+    """Half of the teacher's deep channels are dead: the narrow grafts do at once what it does."""
+    torch.manual_seed(0)
+    teacher, student = (common.build_model(name, 10) for name in PAIR)
+    for conv in [m for m in teacher.features[3:].modules() if isinstance(m, nn.Conv2d)]:
+        alive = torch.randperm(512) < 256
+        conv.weight.mul_(alive[:, None, None, None])
+        conv.bias.copy_(0.01 * alive)
+    norm = teacher.classifier[1]
+    for tensor in (norm.running_mean, norm.weight, norm.bias):
+        tensor.normal_()
+    pair = netgraft.match(teacher.eval(), student, 32)
+    h = torch.rand(300, 256, 4, 4)
+    t_logits, x = nn.Sequential(*pair.t_blocks)(h), h
+    for b in range(3):
+        netgraft.init_vgg_graft(pair.scion[b], pair.t_blocks[b], x)
+        close(pair.grafted(b, b + 1)(x), t_logits, 1e-3)
+        x = pair.t_blocks[b](x)
+    close(pair.grafted(0, 3)(h), t_logits, 1e-3)

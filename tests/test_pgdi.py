@@ -586,3 +586,28 @@ def test_resume_is_bit_equal(data_dir, tmp_path, monkeypatch):
     assert torch.equal(a["pool"]["images"], b["pool"]["images"])
     assert torch.equal(a["judges"]["average"], b["judges"]["average"])
     assert all(torch.equal(a["generator"][key], b["generator"][key]) for key in a["generator"])
+
+
+def test_the_kept_images_are_those_of_the_lowest_loss(monkeypatch):
+    values, seen = iter((3.0, 1.0, 2.0)), []
+    monkeypatch.setattr(pgdi, "bn_loss", lambda now, *_: now.sum() * 0 + next(values))
+    args = pgdi.Args(g_steps=3, oh=0, bn=1, guidance_loss_w=0, logits_guidance_w=0, amp="none")
+    teacher = common.build_model("resnet8", 10).eval().requires_grad_(False)
+    judges = pgdi.Judges(teacher, None, pgdi.stored_statistics(teacher, torch.zeros(2, 3, 32, 32)))
+
+    def augment(x):
+        seen.append(x.detach().clone())
+        return x
+
+    z, targets = torch.randn(4, 256), torch.arange(4)
+    best, _ = pgdi.invert(pgdi.Generator(ngf=8), z, targets, augment, judges, args)
+    assert torch.equal(best, seen[1])
+
+
+def test_real_images_alone(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--preset", "fewshot_kd", "--g_steps", "0", "--warmup", "0", "--shots", "3")
+    folder, result = run(data_dir, "real", *flags)
+    assert (result["real_images"], result["made_images"]) == (30, 0)
+    rows = [row for row in metrics(folder) if "loss" in row]
+    assert len(rows) == 8 and all(row["loss"] == row["loss_real"] for row in rows)
